@@ -1,0 +1,41 @@
+"""pgseg_lite: measure and mend how far a segmentation mask moves when the request is phrased differently.
+
+Everything here is a prompt group: an image, K phrasings, one mask. The names below load on first use, so
+that importing the module costs nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PromptBank": "prompts",
+    "PromptGroup": "prompts",
+    "Sample": "data",
+    "load_dataset": "data",
+    "SegmentationOutput": "models",
+    "Segmenter": "models",
+    "aggregate": "models",
+    "load_segmenter": "models",
+    "GroupLoss": "losses",
+    "TrainSettings": "settings",
+    "PROFILES": "settings",
+    "train": "training",
+    "evaluate": "evaluation",
+    "robustness": "evaluation",
+    "PgsegError": "errors",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'pgseg_lite' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,170 @@
+"""A bank, a dataset and a model become records: one tidy table, a row per image, target and phrasing."""
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from .errors import BankError, ModelError, SettingsError
+from .metrics import areas, bootstrap_means, dice, flip_share, group_agreement, interval, iou, pack
+from .models.base import SegmentationOutput
+from .prompts import LEVELS
+
+CHUNK = 64  # phrasings decoded at once: bounds memory, changes nothing
+
+
+def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, quiet=False):
+    """Records of `model` on every image of `data`, for every target the dataset has.
+
+    `per_level` phrasings a target and level, evenly spaced in the bank's order (None for all).
+    A row holds dice and iou (empty-mask convention: `metrics`), presence (probability), area_true and
+    area_pred (shares of the image), absent (the target is not in this image), agreement (mean IoU of this
+    mask with the others of its group) and flips (share of the image on which the group does not agree).
+    """
+    phrasings = {target: choose(bank, target, levels, split, per_level) for target in data.targets}
+    texts = [p.text for chosen in phrasings.values() for p in chosen]
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    text_features = model.encode_text(texts) if hasattr(model, "encode_text") else None
+    rows = []
+    for sample in tqdm(data, desc="evaluating", unit="image", disable=quiet):
+        packed, presence = predict_packed(model, sample, texts, text_features)  # [P, N], [P]
+        start = 0
+        for target, chosen in phrasings.items():
+            stop = start + len(chosen)
+            rows += group_rows(sample, target, chosen, packed[start:stop], presence[start:stop])
+            start = stop
+    if not rows:
+        raise SettingsError(f"dataset {data.name!r} has no samples to evaluate")
+    return pd.DataFrame(rows).assign(segmenter=model.name, dataset=data.name)[list(COLUMNS)]
+
+
+COLUMNS = (
+    "segmenter", "dataset", "image", "target", "phrasing", "level", "split", "dice", "iou", "presence",
+    "area_true", "area_pred", "absent", "agreement", "flips",
+)  # fmt: skip
+
+
+def choose(bank, target, levels, split, per_level):
+    chosen = []
+    for level in levels:
+        found = bank.select(target, levels=(level,), split=split)
+        if not found:
+            raise BankError(f"bank {bank.name!r} has no {split} phrasing of level {level} for target {target!r}")
+        keep = len(found) if per_level is None else min(per_level, len(found))
+        chosen += [found[i] for i in np.linspace(0, len(found) - 1, keep).round().astype(int)]
+    return chosen
+
+
+@torch.inference_mode()
+def predict_packed(model, sample, texts, text_features):
+    """The masks of one image for all phrasings, as packed bits [P, N], and presence probabilities [P]."""
+    if text_features is None:  # a model from outside that has only `predict`
+        outputs = [model.predict(sample.image, texts)]
+    else:
+        image_features = model.encode_image(sample.image)  # once, however many phrasings follow
+        chunks = (text_features[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
+        outputs = (model.decode(image_features, chunk) for chunk in chunks)
+    packed, presence = [], []
+    for output in outputs:
+        check_output(output, sample, model)
+        packed.append(pack(output.masks[0].cpu().numpy()))
+        presence.append(output.presence_logits[0].detach().sigmoid().cpu().numpy())
+    return np.concatenate(packed), np.concatenate(presence)
+
+
+def check_output(output, sample, model):
+    if not isinstance(output, SegmentationOutput):
+        raise ModelError(f"{model.name}: predict must return a SegmentationOutput, got {type(output).__name__}")
+    if tuple(output.mask_logits.shape[-2:]) != sample.image.shape[:2]:
+        raise ModelError(
+            f"{model.name}: masks of {list(output.mask_logits.shape[-2:])} for image {sample.id} of "
+            f"{list(sample.image.shape[:2])}; return logits at the size of the image"
+        )
+    if output.mask_logits.isnan().any() or output.presence_logits.isnan().any():
+        raise ModelError(f"{model.name}: NaN in the logits for image {sample.id}; the model or its weights are broken")
+
+
+def group_rows(sample, target, phrasings, packed, presence):
+    """The records of one prompt group: K phrasings, one true mask. packed [K, N], presence [K]."""
+    truth = sample.masks[target]
+    true = pack(truth)  # [N]
+    true_area = truth.mean()
+    columns = zip(
+        phrasings, dice(packed, true), iou(packed, true), presence, areas(packed) / truth.size,
+        group_agreement(packed), strict=True,
+    )  # fmt: skip
+    flips = flip_share(packed, truth.size)
+    return [
+        dict(
+            image=sample.id, target=target, phrasing=phrasing.text, level=phrasing.level, split=phrasing.split,
+            dice=fit, iou=overlap, presence=float(present), area_true=true_area, area_pred=area,
+            absent=not true_area, agreement=agreement, flips=flips,
+        )
+        for phrasing, fit, overlap, present, area, agreement in columns
+    ]  # fmt: skip
+
+
+STATISTICS = ("mean", "sd", "range", "worst", "agreement", "flips", "false_area")
+
+
+def robustness(records, by=("segmenter", "target"), resamples=1000, seed=0):
+    """How good the masks are and how much they move with wording, a row per group of records.
+
+    mean        Dice over phrasings and the images that have the target
+    sd, range   spread of Dice over the phrasings of one image, then the mean over images
+    worst       mean Dice of the worst phrasing, named in `worst_phrasing`
+    agreement   mean pairwise IoU between the masks of one group
+    flips       share of the image on which a group does not agree
+    false_area  share of the image that is marked where the target is absent
+    Each with `_low` and `_high`: a 95 % bootstrap interval over source images (tiles of one image stay together).
+    """
+    missing = [name for name in (*by, *COLUMNS[2:5], "dice", "absent") if name not in records]
+    if missing:
+        raise SettingsError(f"these records have no column {missing[0]!r}; use the table that evaluate() returns")
+    rows = []
+    for key, part in records.groupby(list(by), sort=False):
+        row = dict(zip(by, key, strict=True))
+        present, absent = part[~part["absent"]], part[part["absent"]]
+        if len(present):
+            row |= present_statistics(present, resamples, seed)
+        if len(absent):
+            area = absent.groupby("image", sort=False)["area_pred"].mean()
+            row |= with_interval("false_area", *resample(area.to_frame(), resamples, seed))
+        row["images"] = part["image"].nunique()
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    order = [name + end for name in STATISTICS for end in ("", "_low", "_high")]
+    return table.reindex(columns=[*by, *order, "worst_phrasing", "images"])
+
+
+def present_statistics(records, resamples, seed):
+    fit = records.pivot_table(index="image", columns="phrasing", values="dice", sort=False)  # [images, K]
+    per_image = records.groupby("image", sort=False)[["agreement", "flips"]].mean()
+    per_image = per_image.reindex(fit.index).assign(
+        mean=fit.mean(axis=1), sd=fit.std(axis=1, ddof=0), range=fit.max(axis=1) - fit.min(axis=1)
+    )
+    statistics = {}
+    estimate, samples = resample(per_image, resamples, seed)
+    for i, name in enumerate(per_image):
+        statistics |= with_interval(name, estimate[[i]], samples[:, [i]])
+    estimate, samples = resample(fit, resamples, seed)  # of each phrasing's mean
+    statistics |= with_interval("worst", estimate.min(keepdims=True), samples.min(axis=1, keepdims=True))
+    return statistics | {"worst_phrasing": fit.columns[int(estimate.argmin())]}
+
+
+def resample(per_image, resamples, seed):
+    """Mean over images [M] and its bootstrap samples [n, M]; an index `source@y,x` is a tile of `source`."""
+    sources = per_image.index.str.split("@").str[0]
+    sums = per_image.groupby(sources, sort=False).sum().to_numpy(float)  # [sources, M]
+    counts = per_image.notna().groupby(sources, sort=False).sum().to_numpy(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate = sums.sum(0) / counts.sum(0)
+        # The same seed draws the same sources, so the quotient is the mean over the tiles drawn.
+        samples = bootstrap_means(sums, resamples, seed) / bootstrap_means(counts, resamples, seed)
+    return estimate, samples
+
+
+def with_interval(name, estimate, samples):
+    low, high = interval(samples[:, 0])
+    return {name: float(estimate[0]), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -1,0 +1,216 @@
+"""`lite`: a small convolutional encoder-decoder whose pixels are matched against sentences.
+
+    image    -> U-Net -> pixel embeddings [B, D, H, W] and one image embedding [B, D]
+    phrasing -> frozen sentence encoder -> two query vectors [K, D], one for pixels, one for presence
+    mask logit = pixel . query        presence logit = image . query
+
+The image passes the network once, however many phrasings ask about it. That is what SAM3 does too,
+with 840 million parameters; this one trains from scratch in minutes.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import ModelError
+from .base import SegmentationOutput, as_batch, check_prompts
+from .text import TextEncoder, load_text_encoder
+
+
+@dataclass
+class LiteConfig:
+    widths: tuple = (48, 96, 128, 160)  # channels at 1/2, 1/4, 1/8, ... of the image
+    dim: int = 32  # of pixel embeddings and queries
+    text_hidden: int = 128
+    text_dropout: float = 0.1  # on the sentence vector: keeps queries from memorising wordings
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with a shortcut. Group norm: no running statistics, so no batch effects."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ImageEncoder(nn.Module):
+    """U-Net on 2x2 pixel blocks. Returns pixel embeddings at full size and one vector for the image."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = config.widths
+        self.stem = nn.Conv2d(3 * 4, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Block(widths[max(i - 1, 0)], width) for i, width in enumerate(widths))
+        self.up = nn.ModuleList(Block(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.to_pixels = nn.Conv2d(widths[0], config.dim * 4, 1)
+        self.to_image = nn.Sequential(nn.LayerNorm(2 * widths[-1]), nn.Linear(2 * widths[-1], config.dim))
+
+    def forward(self, pixel_values):  # [B, 3, H, W], H and W multiples of `stride`
+        x = self.stem(F.pixel_unshuffle(pixel_values, 2))
+        skips = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if i else x)
+            skips.append(x)
+        pooled = torch.cat([x.mean((-2, -1)), x.amax((-2, -1))], dim=-1)
+        for block, skip in zip(reversed(self.up), reversed(skips[:-1]), strict=True):
+            x = block(torch.cat([skip, F.interpolate(x, scale_factor=2)], dim=1))
+        return F.pixel_shuffle(self.to_pixels(x), 2), self.to_image(pooled)  # [B, D, H, W], [B, D]
+
+
+class QueryHead(nn.Module):
+    """A sentence vector becomes a query for pixels, a query for presence, and a bias for each."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config.text_dropout)
+        self.hidden = nn.Linear(TextEncoder.dim, config.text_hidden)
+        self.queries = nn.Linear(config.text_hidden, 2 * (config.dim + 1))
+
+    def forward(self, text_features):  # [..., 384]
+        # Unit vectors have entries of about 1/20; scaled up, the first layer sees unit variance.
+        x = self.dropout(text_features * TextEncoder.dim**0.5)
+        return self.queries(F.gelu(self.hidden(x))).chunk(2, dim=-1)  # 2 x [..., D + 1]
+
+
+def match(queries, features):
+    """queries [B, K, D + 1] against features [B, D, ...] -> [B, K, ...]; the last entry is the bias."""
+    weight, bias = queries[..., :-1], queries[..., -1:]
+    logits = torch.matmul(weight, features.flatten(2)) + bias
+    return logits.reshape(*weight.shape[:2], *features.shape[2:])
+
+
+class LiteSegmenter(nn.Module):
+    name = "lite"
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config or LiteConfig()
+        self.stride = 2 ** len(self.config.widths)
+        self.image_encoder = ImageEncoder(self.config)
+        self.query_head = QueryHead(self.config)
+
+    def forward(self, pixel_values, text_features):
+        """pixel_values [B, 3, H, W] in -1..1, text_features [B, K, 384] -> SegmentationOutput."""
+        return self.decode(self.image_encoder(pixel_values), text_features)
+
+    def encode_image(self, images):
+        """uint8 images -> (pixel embeddings [B, D, H, W], image embeddings [B, D])."""
+        pixels = torch.from_numpy(as_batch(images)).to(self.device).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        height, width = pixels.shape[-2:]
+        pixels = F.pad(to_pixel_values(pixels), (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        with torch.no_grad():
+            embeddings, image = self.image_encoder(pixels.contiguous(memory_format=torch.channels_last))
+        return embeddings[..., :height, :width], image
+
+    def encode_text(self, prompts):
+        """Phrasings -> their sentence vectors [K, 384], embedded once, ever."""
+        return load_text_encoder().encode(check_prompts(prompts)).to(self.device)
+
+    def decode(self, image_features, text_features):
+        """Every image with every phrasing. text_features [K, 384], or [B, K, 384] when images differ."""
+        pixels, image = image_features
+        if text_features.ndim == 2:
+            text_features = text_features.expand(len(pixels), -1, -1)
+        for_pixels, for_presence = self.query_head(text_features)
+        presence = match(for_presence, image[..., None])[..., 0]  # [B, K]
+        return SegmentationOutput(match(for_pixels, pixels).float(), presence.float())
+
+    @torch.inference_mode()
+    def predict(self, image, prompts):
+        """Masks for one image [H, W, 3] or several, for every phrasing. Switches dropout off."""
+        self.eval()
+        return self.decode(self.encode_image(image), self.encode_text(prompts))
+
+    @property
+    def device(self):
+        return self.query_head.hidden.weight.device
+
+    def save_pretrained(self, folder, dtype=torch.float32):
+        """config.json and model.safetensors, as the hub expects them; float16 halves the file."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": "pgseg-lite", "text_encoder": TextEncoder.name, **asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, checkpoint, device="cpu"):
+        """From a folder that `save_pretrained` wrote, or the name of such a repository on the hub."""
+        folder = checkpoint_folder(checkpoint)
+        model = cls(read_config(folder / "config.json"))
+        model.load_state_dict(read_weights(folder / "model.safetensors", model))
+        return model.to(device).eval()
+
+
+def to_pixel_values(images):
+    """uint8 0..255 -> float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def checkpoint_folder(checkpoint):
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder}: not a checkpoint, {name} is missing; give a folder written by training")
+        return folder
+    if str(checkpoint).count("/") != 1 or folder.is_absolute():
+        raise ModelError(f"{checkpoint}: no such checkpoint folder; give the folder that training wrote")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(checkpoint), allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:
+        raise ModelError(
+            f"{checkpoint}: neither a folder here nor a repository on the hub that can be reached "
+            f"({type(error).__name__}); check the name and the network"
+        ) from error
+
+
+def read_config(path):
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(stored, dict) or stored.get("model_type") != "pgseg-lite":
+        raise ModelError(f"{path}: model_type is not 'pgseg-lite', so this is another model's checkpoint")
+    known = {field.name for field in fields(LiteConfig)}
+    missing = sorted(known - stored.keys())
+    if missing:
+        raise ModelError(f"{path}: the field {missing[0]} is missing; restore the file")
+    return LiteConfig(**{name: tuple(v) if isinstance(v := stored[name], list) else v for name in known})
+
+
+def read_weights(path, model):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged weights ({error}); copy the checkpoint again") from error
+    for name, tensor in model.state_dict().items():
+        if name not in state:
+            raise ModelError(f"{path}: the tensor {name} is missing; this is not a checkpoint of this model")
+        if state[name].shape != tensor.shape:
+            raise ModelError(
+                f"{path}: {name} has shape {list(state[name].shape)}, config.json asks for {list(tensor.shape)}"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise ModelError(f"{path}: {name} holds NaN or infinity; the training that wrote it had failed")
+    return {name: state[name].float() for name in model.state_dict()}

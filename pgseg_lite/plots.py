@@ -1,0 +1,100 @@
+"""Pictures of masks and of their disagreement. Every function returns a matplotlib Figure."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .errors import SettingsError
+
+TRUE_COLOUR, MASK_COLOUR = "#009e73", "#e60049"  # told apart without colour vision too: truth is dashed
+PANEL = 2.2  # inches a panel
+
+
+def panels(count, columns=None):
+    """A white figure with `count` bare square axes, as a flat list."""
+    columns = columns or min(count, 5)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(PANEL * columns, (PANEL + 0.35) * rows), squeeze=False, layout="constrained",
+        facecolor="white",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set_axis_off()
+    plt.close(figure)  # shown once, by whoever asked for it, and not a second time by the notebook
+    return figure, list(axes.flat[:count])
+
+
+def outline(axis, image, mask=None, truth=None, title=""):
+    """The image with a solid line around the mask and a dashed one around the truth."""
+    axis.imshow(image)
+    for shape, colour, style in ((truth, TRUE_COLOUR, "dashed"), (mask, MASK_COLOUR, "solid")):
+        if shape is not None and shape.any():
+            axis.contour(shape, levels=[0.5], colors=colour, linestyles=style, linewidths=1.0)
+    axis.set_title(title, fontsize=8, wrap=True)
+
+
+def show_masks(image, masks, titles, truth=None, columns=None):
+    """One panel a mask: image uint8 [H, W, 3], masks bool [K, H, W], K titles; dashed is the truth."""
+    if len(masks) != len(titles):
+        raise SettingsError(f"{len(masks)} masks and {len(titles)} titles; give one title a mask")
+    figure, axes = panels(len(masks), columns)
+    for axis, mask, title in zip(axes, masks, titles, strict=True):
+        outline(axis, image, mask, truth, title)
+    return figure
+
+
+def show_samples(samples, targets):
+    """A row a sample: the image, then the true mask of each target."""
+    figure, axes = panels(len(samples) * (1 + len(targets)), columns=1 + len(targets))
+    for row, sample in enumerate(samples):
+        first = row * (1 + len(targets))
+        outline(axes[first], sample.image, title=sample.id)
+        for axis, target in zip(axes[first + 1 :], targets, strict=False):
+            outline(axis, sample.image, truth=sample.masks[target], title=target)
+    return figure
+
+
+def disagreement(masks):
+    """Per pixel, how split a group is: 0 where all K masks agree, 1 where half of them differ. [K, H, W] -> [H, W]."""
+    share = np.asarray(masks, dtype=float).mean(axis=0)
+    return 4 * share * (1 - share)
+
+
+def show_disagreement(image, groups, titles):
+    """The image, then a map for each group of masks [K, H, W]: bright where phrasings disagree."""
+    figure, axes = panels(1 + len(groups))
+    outline(axes[0], image, title="image")
+    for axis, masks, title in zip(axes[1:], groups, titles, strict=True):
+        picture = axis.imshow(disagreement(masks), cmap="magma", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=8, wrap=True)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="disagreement (1 = split in half)")
+    return figure
+
+
+def show_history(history, terms=("seg", "mask", "dice", "presence", "group", "consistency")):
+    """The loss terms over the steps of a run, a panel a term."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4.2), layout="constrained", facecolor="white")
+    for axis, term in zip(axes.flat, terms, strict=True):
+        axis.plot(history["step"], history[term], color="#20639b")
+        axis.set_title(term, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+    plt.close(figure)
+    return figure
+
+
+def png(figure, dpi=100):
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def show(figure, alt, dpi=100):
+    """Put the figure into a notebook with a text for readers who do not see it."""
+    from IPython.display import display
+
+    if not alt.strip():
+        raise SettingsError("a figure needs an alt text: say in a sentence what it shows")
+    display({"image/png": png(figure, dpi)}, metadata={"image/png": {"alt": alt}}, raw=True)

@@ -1,0 +1,271 @@
+"""A bank, a dataset and a model become a checkpoint. Stands on `transformers.Trainer`.
+
+What is ours is small: a dataset whose item i depends on (seed, i) alone, a collator, and `compute_loss`.
+Resume, mixed precision, accumulation, schedules and several processes are the Trainer's.
+"""
+
+import json
+import os
+import time
+from collections import namedtuple
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from .augment import augment
+from .errors import BankError, SettingsError, TrainingError
+from .models.lite import LiteSegmenter, to_pixel_values
+from .models.text import load_text_encoder
+from .settings import TrainSettings
+
+TERMS = ("seg", "mask", "dice", "presence", "group", "consistency")
+
+TrainResult = namedtuple("TrainResult", "model history folder wall_s cpu_s")
+
+
+class GroupDataset(torch.utils.data.Dataset):
+    """The whole run as one sequence of training views: item i is a function of (seed, i).
+
+    No epoch counter and no global random state, so a resumed run sees exactly what it would have seen.
+    """
+
+    def __init__(self, data, bank, settings, length):
+        missing = [target for target in data.targets if target not in bank.targets]
+        if missing:
+            raise BankError(
+                f"bank {bank.name!r} has no phrasings for target {missing[0]!r} of dataset {data.name!r}; "
+                f"it has {', '.join(bank.targets)}: add the target to the bank"
+            )
+        if not len(data):
+            raise SettingsError(f"dataset {data.name!r} has no samples to train on")
+        self.data, self.settings, self.length = data, settings, length
+        self.groups = [bank.group(target, levels=settings.levels, split="train") for target in data.targets]
+        self.fixed = [bank.fixed(target) for target in data.targets]
+        for group in self.groups:
+            if settings.wording == "groups":
+                group.sample(settings.k, np.random.default_rng(0))  # too large a k fails here, not in a worker
+        self.texts = sorted({p.text for group in self.groups for p in group.phrasings} | set(self.fixed))
+        self.row = {text: i for i, text in enumerate(self.texts)}
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        seed, n = self.settings.seed, len(self.data)
+        order = np.random.default_rng([seed, 0, index // n]).permutation(n)  # each pass in its own order
+        rng = np.random.default_rng([seed, 1, index])
+        sample = self.data[int(order[index % n])]
+        masks = np.stack([sample.masks[target] for target in self.data.targets])  # [G, H, W]
+        image, masks = augment(sample.image, masks, self.settings.view, rng)
+        return {"image": image, "masks": masks, "text_ids": self._phrasings(rng)}
+
+    def _phrasings(self, rng):
+        """[G, K] rows of the text table."""
+        if self.settings.wording == "fixed":
+            return [[self.row[text]] for text in self.fixed]
+        return [[self.row[p.text] for p in group.sample(self.settings.k, rng)] for group in self.groups]
+
+
+class Collator:
+    """Items -> one batch. Sentence vectors come from a table made once, before the first step."""
+
+    def __init__(self, table):
+        self.table = table  # [N, 384]
+
+    def __call__(self, items):
+        images = torch.from_numpy(np.stack([item["image"] for item in items])).permute(0, 3, 1, 2)
+        text_ids = torch.tensor([item["text_ids"] for item in items])  # [B, G, K]
+        return {
+            "pixel_values": to_pixel_values(images).contiguous(memory_format=torch.channels_last),
+            "text_features": self.table[text_ids.flatten(1)],  # [B, G * K, 384]
+            "text_ids": text_ids,
+            "masks": torch.from_numpy(np.stack([item["masks"] for item in items])),  # [B, G, H, W]
+        }
+
+
+class PromptGroupTrainer(Trainer):
+    def __init__(self, *args, loss, texts, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group_loss, self.texts = loss, texts
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: let the Trainer divide by accumulation
+        self.sums, self.count = {}, 0
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        output = model(inputs["pixel_values"], inputs["text_features"])
+        ids, masks = inputs["text_ids"], inputs["masks"]
+        b, g, k = ids.shape
+        terms = self.group_loss(
+            output.mask_logits.reshape(b * g, k, *masks.shape[-2:]),
+            output.presence_logits.reshape(b * g, k),
+            masks.flatten(0, 1),
+        )
+        if not torch.isfinite(terms.total):
+            terms.check_finite([[self.texts[i] for i in group] for group in ids.flatten(0, 1).tolist()])
+        self._remember(terms)
+        return (terms.total, output) if return_outputs else terms.total
+
+    def _remember(self, terms):
+        values = {name: getattr(terms, name).detach().mean() for name in TERMS}
+        values["weight_min"] = terms.weights.min()
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
+        self.count += 1
+
+    def log(self, logs, *args):
+        """Add the means of the loss terms since the last report."""
+        if self.count:
+            logs |= {name: float(total) / self.count for name, total in self.sums.items()}
+            self.sums, self.count = {}, 0
+        super().log(logs, *args)
+
+
+class Progress(TrainerCallback):
+    """One plain tqdm line with the loss terms."""
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and "seg" in logs:
+            self.bar.set_postfix({name: f"{logs[name]:.3g}" for name in ("seg", "group", "consistency")})
+
+    def on_train_end(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.bar.close()
+
+
+def train(data, bank, output, settings=None, *, model=None, resume=False, device=None, quiet=False, **changes):
+    """Train `model` (a new `lite` by default) on every target of `data` with the bank's train phrasings.
+
+    Writes config.json, model.safetensors, history.csv and run.json to the folder `output`, and checkpoints
+    on the way; `resume=True` goes on from the newest whole one. `changes` replace single settings.
+    """
+    try:
+        settings = replace(settings or TrainSettings(), **changes)
+    except TypeError as error:
+        raise SettingsError(f"{str(error).split(') ')[-1]}; the settings are {', '.join(asdict(TrainSettings()))}") from error
+    loss, output = settings.loss(), Path(output)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    dataset = GroupDataset(data, bank, settings, settings.steps * settings.batch_size * settings.accumulation * processes)
+    checkpoint = prepare_output(output, describe_run(data, bank, settings, processes), resume)
+
+    torch.manual_seed(settings.seed)
+    model = (model or LiteSegmenter()).train()
+    args = training_arguments(output, settings, device)
+    table = load_text_encoder().encode(dataset.texts)  # [N, 384]
+    trainer = PromptGroupTrainer(
+        model, args, Collator(table), dataset, loss=loss, texts=dataset.texts,
+        callbacks=[] if quiet else [Progress()],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+
+    import pandas as pd
+
+    history = pd.DataFrame([row for row in trainer.state.log_history if "seg" in row])
+    if trainer.is_world_process_zero():
+        history.to_csv(output / "history.csv", index=False)
+        model.save_pretrained(output)  # config.json last: a folder that has it is a finished run
+    return TrainResult(model.eval(), history, output, wall_s, cpu_s)
+
+
+def training_arguments(output, settings, device=None):
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    precision = best_precision(use_cpu) if settings.precision == "auto" else settings.precision
+    if precision == "fp16" and use_cpu:
+        raise SettingsError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    return TrainingArguments(
+        output_dir=str(output), max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation, learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay, lr_scheduler_type="cosine", max_grad_norm=1.0,
+        warmup_steps=int(settings.warmup * settings.steps), seed=settings.seed,
+        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=use_cpu,
+        dataloader_num_workers=settings.workers, dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False, label_names=["masks"], report_to="none", disable_tqdm=True,
+        logging_steps=min(10, settings.steps), logging_nan_inf_filter=False,
+        save_steps=settings.save_every, save_total_limit=2,
+        ddp_backend="gloo" if use_cpu and "WORLD_SIZE" in os.environ else None,
+    )  # fmt: skip
+
+
+def best_precision(use_cpu):
+    """bf16 where the hardware multiplies in it (recent GPUs, CPUs with AMX), otherwise fp32."""
+    if not use_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+
+
+def describe_run(data, bank, settings, processes):
+    manifest = {name: value for name, value in data.manifest().items() if name != "ids"}
+    return {
+        "settings": asdict(settings) | {"levels": list(settings.levels)},
+        "processes": processes,
+        "data": manifest,
+        "bank": {"name": bank.name, "digest": bank.digest},
+    }
+
+
+def prepare_output(output, run, resume):
+    """Refuse to mix two runs in one folder. Returns the checkpoint to resume from, or None."""
+    record = output / "run.json"
+    if os.environ.get("RANK", "0") != "0":  # the first process checks and writes for all
+        return newest_whole_checkpoint(output) if resume else None
+    if record.is_file():
+        if not resume:
+            raise SettingsError(f"{output} already holds a run; resume it, or choose another output folder")
+        stored = json.loads(record.read_text())
+        for part in run:
+            if stored.get(part) != run[part]:
+                was, now = difference(stored.get(part), run[part])
+                raise SettingsError(f"{record}: cannot resume, {part} was {was} and is now {now}; use the same settings")
+        return newest_whole_checkpoint(output)
+    if resume:
+        raise SettingsError(f"{output}: there is no run to resume here; start one without resume")
+    output.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".part")
+    partial.write_text(json.dumps(run, indent=2) + "\n")
+    os.replace(partial, record)
+    return None
+
+
+def difference(was, now):
+    """The first entries that differ, for a message."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        name = next(name for name in now if was.get(name) != now[name])
+        return f"{name}={was.get(name)}", f"{name}={now[name]}"
+    return was, now
+
+
+def newest_whole_checkpoint(output):
+    """A kill can leave the newest checkpoint half written: take the newest that loads."""
+    from safetensors import SafetensorError, safe_open
+
+    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1]))
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            safe_open(folder / "model.safetensors", "pt")
+            for name in ("optimizer.pt", "scheduler.pt"):
+                torch.load(folder / name, weights_only=True)
+            if not list(folder.glob("rng_state*.pth")):
+                continue
+            return folder
+        except (OSError, ValueError, RuntimeError, EOFError, SafetensorError):
+            continue
+    if folders:
+        raise TrainingError(f"{output}: none of the {len(folders)} checkpoints can be read; start again in another folder")
+    return None  # killed before the first checkpoint: start over

@@ -1,0 +1,132 @@
+"""`pgseg` as a person types it: what it prints, what it leaves, and what it says when something is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from pgseg_lite.cli import build_parser, main
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output, standard error."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_installed_command_prints_help_without_loading_torch():
+    code = "import sys; from pgseg_lite.cli import build_parser; build_parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "evaluate", "prompts", "prompts list", "prompts lint", "data", "data list", "data check", "data show",
+     "book", "book execute", "book build", "book check", "book sync"],
+)  # fmt: skip
+def test_every_command_has_help(capsys, command):
+    status, out, _ = run(capsys, *command.split(), "--help")
+    assert status == 0 and out.startswith("usage: pgseg")
+    assert len(out.splitlines()) > 3
+
+
+def test_train_offers_every_setting():
+    from dataclasses import fields
+
+    from pgseg_lite.settings import TrainSettings
+
+    parser = build_parser()._subparsers._group_actions[0].choices["train"]
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {"--" + field.name.replace("_", "-") for field in fields(TrainSettings)} <= options
+
+
+def test_train_then_evaluate_from_the_shell(tmp_path):
+    """A stranger's first two commands, in processes of their own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pgseg = [sys.executable, "-m", "pgseg_lite.cli"]
+    small = ["--dataset", "synthetic", "--size", "4"]
+    train = [*pgseg, "train", *small, "--profile", "smoke", "--steps", "3", "--view", "64", "--output", tmp_path / "run"]
+    done = subprocess.run(train, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "trained 3 steps in" in done.stdout and "synthetic train: 4 samples, digest" in done.stdout
+    assert "training: 100%" in done.stderr  # progress is for the terminal, not for a pipe
+    evaluate = [*pgseg, "evaluate", *small, "--checkpoint", tmp_path / "run", "--per-level", "2", "--records", tmp_path / "r.csv"]
+    done = subprocess.run(evaluate, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "worst for all: '" in done.stdout
+    records = pd.read_csv(tmp_path / "r.csv")
+    assert len(records) == 4 * 6 * 3 * 2  # images, targets, levels, phrasings
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_prompts_list_counts_and_prints(capsys):
+    status, out, _ = run(capsys, "prompts", "list")
+    assert status == 0 and "inflammatory" in out and "heldout" in out
+    status, out, _ = run(capsys, "prompts", "list", "--target", "dead")
+    assert status == 0 and len(out.splitlines()) >= 150
+
+
+def test_lint_of_the_bundled_bank_finds_no_errors_but_reports_what_sam3_would_cut(capsys):
+    status, out, _ = run(capsys, "prompts", "lint")
+    assert status == 0 and "\n0 errors, " in out
+    assert "SAM3" in out
+
+
+def test_lint_of_a_bad_bank_exits_with_1(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "targets: {all: {fixed: nuclei, phrasings: {low: [nuclei, 'Nuclei!']}},"
+        " dead: {fixed: dead nuclei, phrasings: {low: [dead nuclei, nuclei]}}}"
+    )
+    status, out, _ = run(capsys, "prompts", "lint", tmp_path / "bad.yaml")
+    assert status == 1 and "error" in out
+
+
+def test_data_commands(capsys, tmp_path):
+    status, out, _ = run(capsys, "data", "list")
+    assert status == 0 and all(name in out for name in ("synthetic", "pannuke", "consep", "folder", "coco"))
+    status, out, _ = run(capsys, "data", "check", "--dataset", "synthetic", "--size", "3")
+    assert status == 0 and "of 3" in out and "inflammatory" in out
+    picture = tmp_path / "look.png"
+    status, out, _ = run(capsys, "data", "show", "--dataset", "synthetic", "--size", "2", "--output", picture)
+    assert status == 0 and picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train", "the following arguments are required: --output"),
+        ("fly", "invalid choice: 'fly'"),
+        ("train --output {tmp}/run --dataset sea", "there is no dataset 'sea'; choose one of synthetic"),
+        ("train --output {tmp}/run --size 4 --fraction 0", "fraction"),
+        ("train --output {tmp}/run --size 0", "size"),
+        ("train --output {tmp}/run --size 4 --shift sideways", "shift 'sideways'"),
+        ("train --output {tmp}/run --size 4 --split nowhere", "split 'nowhere'"),
+        ("train --output {tmp}/run --dataset consep --root {tmp}/nothing", "{tmp}/nothing"),
+        ("train --output {tmp}/run --size 4 --bank {tmp}/none.yaml", "{tmp}/none.yaml"),
+        ("train --output {tmp}/run --size 4 --steps 0", "steps is 0; it must be at least 1"),
+        ("train --output {tmp}/run --size 4 --steps few", "argument --steps: invalid int value: 'few'"),
+        ("train --output {tmp}/run --size 4 --levels lowest", "lowest"),
+        ("train --output {tmp}/run --size 4 --start {tmp}/absent", "no such checkpoint folder"),
+        ("train --output {tmp}/run --size 4 --resume", "there is no run to resume here; start one without resume"),
+        ("evaluate --size 2 --checkpoint {tmp}/absent", "no such checkpoint folder"),
+        ("evaluate --size 2 --records {tmp}/no/r.csv", "no such folder for the records; create it first"),
+        ("evaluate --size 2 --phrasings all", "argument --phrasings: invalid choice: 'all'"),
+        ("prompts lint {tmp}/none.yaml", "{tmp}/none.yaml"),
+        ("prompts list --target cytoplasm", "cytoplasm"),
+        ("data check --dataset kumar --root {tmp}", "{tmp}"),
+    ],
+)  # fmt: skip
+def test_bad_command_lines_exit_with_2_and_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.delenv("PGSEG_DATA", raising=False)
+    status, out, err = run(capsys, *arguments.format(tmp=tmp_path).split())
+    assert status == 2
+    assert message.format(tmp=tmp_path) in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
