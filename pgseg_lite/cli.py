@@ -7,6 +7,8 @@ from pathlib import Path
 
 from . import __version__
 from .errors import PgsegError, SettingsError
+from .prompts import LEVELS, PromptBank
+from .settings import PROFILES, TrainSettings
 
 
 def main(arguments=None):
@@ -25,18 +27,65 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="pgseg", description=__doc__)
     parser.add_argument("--version", action="version", version=f"pgseg_lite {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_train(commands)
-    add_evaluate(commands)
-    add_prompts(commands)
-    add_data(commands)
-    add_book(commands)
+
+    train = command(commands, run_train, "train", "train a segmenter on prompt groups")
+    add_data_options(train, split="train")
+    add_bank_and_device(train)
+    train.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
+    train.add_argument("--start", help="checkpoint to start from; by default the weights are new")
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output")
+    train.add_argument("--profile", choices=PROFILES, default="lite", help="the settings to begin with")
+    settings = train.add_argument_group("settings", "each replaces one setting of the profile")
+    for field in fields(TrainSettings):
+        how = {"nargs": "+"} if field.name == "levels" else {"type": type(field.default)}
+        flag, default = "--" + field.name.replace("_", "-"), f"lite: {field.default}"
+        settings.add_argument(flag, default=argparse.SUPPRESS, help=default, **how)
+
+    scores = command(commands, run_evaluate, "evaluate", "score masks and how much they move with wording")
+    add_data_options(scores, split="test")
+    add_bank_and_device(scores)
+    scores.add_argument("--checkpoint", default="group", help="fixed or group (bundled), a folder, or a hub name")
+    scores.add_argument("--levels", nargs="+", default=LEVELS, help="quality levels to ask in")
+    scores.add_argument("--phrasings", choices=("heldout", "train"), default="heldout", help="unseen or seen ones")
+    scores.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
+    scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
+
+    prompts = group(commands, "prompts", "look at and check prompt banks")
+    listing = command(prompts, run_prompts_list, "list", "count a bank's phrasings, or print those of one target")
+    listing.add_argument("--target", help="print every phrasing of this target")
+    lint = command(prompts, run_prompts_lint, "lint", "check a bank; exit status 1 when there are errors")
+    lint.add_argument("--all", action="store_true", help="print every finding, not the first 5 of each kind")
+    for parser_with_bank in (listing, lint):
+        parser_with_bank.add_argument("bank", nargs="?", default="nuclei", help="a bundled bank, or the path of yours")
+
+    data = group(commands, "data", "look at and check datasets")
+    command(data, run_data_list, "list", "the datasets that can be read, and their layouts")
+    check = command(data, run_data_check, "check", "read every sample of a dataset and report what is in it")
+    add_data_options(check, split="train")
+    show = command(data, run_data_show, "show", "write a picture of the first samples with their masks")
+    add_data_options(show, split="train")
+    show.add_argument("--output", type=Path, default=Path("samples.png"), help="the PNG file to write")
+
+    book = group(commands, "book", "execute, build and check the book (in a checkout)")
+    execute = command(book, run_book_execute, "execute", "run the notebooks from the top with papermill")
+    execute.add_argument("--profile", choices=PROFILES, default="lite", help="how long, how large")
+    execute.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+    execute.add_argument("--keep", action="store_true", help="store the outputs in notebooks/ (lite only)")
+    execute.add_argument("--only", default="", help="only the notebooks whose name contains this")
+    build = command(book, run_book_build, "build", "build the HTML, with warnings as errors")
+    build.add_argument("--executed", type=Path, help="a folder of executed notebooks to show in place of the stored")
+    command(book, run_book_check, "check", "check that notebooks and their text pairs say the same")
+    command(book, run_book_sync, "sync", "make each .ipynb from its .md, keeping outputs of unchanged cells")
     return parser
 
 
-def command(commands, name, run, text):
-    parser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def group(commands, name, text):
+    return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="ACTION")
+
+
+def command(commands, run, name, text):
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = commands.add_parser(name, help=text, description=text, formatter_class=style)
     parser.set_defaults(run=run)
     return parser
 
@@ -52,71 +101,38 @@ def add_data_options(parser, split):
     parser.add_argument("--shift", help="a domain shift by name (synthetic only)")
 
 
+def add_bank_and_device(parser):
+    parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
+
+
 def read_data(args):
     from .data import load_dataset
 
     options = {name: value for name in ("size", "shift") if (value := getattr(args, name)) is not None}
-    data = load_dataset(
-        args.dataset, args.root, args.split, args.fraction, args.data_seed, tile=args.tile or None, **options
-    )
+    tile = args.tile or None
+    data = load_dataset(args.dataset, args.root, args.split, args.fraction, args.data_seed, tile, **options)
     print(f"{data.name} {data.split}: {len(data)} samples, digest {data.digest}")
     return data
 
 
-def add_train(commands):
-    from .settings import PROFILES, TrainSettings
-
-    parser = command(commands, "train", run_train, "train a segmenter on prompt groups")
-    add_data_options(parser, split="train")
-    parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    parser.add_argument("--start", help="checkpoint to start from; by default the weights are new")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
-    parser.add_argument("--profile", choices=tuple(PROFILES), default="lite", help="the settings to begin with")
-    settings = parser.add_argument_group("settings", "each replaces one setting of the profile")
-    for field in fields(TrainSettings):
-        how = {"nargs": "+"} if field.name == "levels" else {"type": type(field.default)}
-        settings.add_argument(
-            f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"lite: {field.default}", **how
-        )
-
-
 def run_train(args):
     from .models import load_segmenter
-    from .settings import PROFILES, TrainSettings
-    from .prompts import PromptBank
     from .training import train
 
-    names = [field.name for field in fields(TrainSettings)]
-    changes = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    if "levels" in changes:
-        changes["levels"] = tuple(changes["levels"])
-    settings = replace(PROFILES[args.profile], **changes)
+    given = {field.name: getattr(args, field.name) for field in fields(TrainSettings) if hasattr(args, field.name)}
+    if "levels" in given:
+        given["levels"] = tuple(given["levels"])
+    settings = replace(PROFILES[args.profile], **given)
     model = load_segmenter("lite", args.start, args.device) if args.start else None
-    result = train(
-        read_data(args), PromptBank.load(args.bank), args.output, settings,
-        model=model, resume=args.resume, device=args.device,
-    )  # fmt: skip
+    options = dict(model=model, resume=args.resume, device=args.device)
+    result = train(read_data(args), PromptBank.load(args.bank), args.output, settings, **options)
     print(f"trained {settings.steps} steps in {result.wall_s:.0f} s ({result.cpu_s:.0f} CPU s): {result.folder}")
-
-
-def add_evaluate(commands):
-    parser = command(commands, "evaluate", run_evaluate, "score masks and how much they move with wording")
-    add_data_options(parser, split="test")
-    parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
-    parser.add_argument("--checkpoint", default="group", help="fixed or group (bundled), a folder, or a hub name")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
-    parser.add_argument("--levels", nargs="+", default=["low", "medium", "high"], help="quality levels to ask in")
-    parser.add_argument("--phrasings", choices=("heldout", "train"), default="heldout", help="unseen or seen ones")
-    parser.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
-    parser.add_argument("--records", type=Path, help="write the table of records to this CSV file")
 
 
 def run_evaluate(args):
     from .evaluation import evaluate, robustness
     from .models import load_segmenter
-    from .prompts import PromptBank
 
     if args.records and not args.records.parent.is_dir():
         raise SettingsError(f"{args.records.parent}: no such folder for the records; create it first")
@@ -132,31 +148,13 @@ def run_evaluate(args):
         print(f"worst for {target}: {row['worst_phrasing']!r}, Dice {row['worst']:.3f}")
 
 
-def add_prompts(commands):
-    prompts = commands.add_parser("prompts", help="look at and check prompt banks")
-    actions = prompts.add_subparsers(required=True, metavar="ACTION")
-    for name, run, text in (
-        ("list", run_prompts_list, "count a bank's phrasings, or print those of one target"),
-        ("lint", run_prompts_lint, "check a bank; exit status 1 when there are errors"),
-    ):
-        parser = command(actions, name, run, text)
-        parser.add_argument("bank", nargs="?", default="nuclei", help="a bundled bank, or the path of your own")
-        if name == "list":
-            parser.add_argument("--target", help="print every phrasing of this target")
-        else:
-            parser.add_argument("--all", action="store_true", help="print every finding, not the first 5 of each kind")
-
-
 def run_prompts_list(args):
-    from .prompts import PromptBank
+    import pandas as pd
 
     bank = PromptBank.load(args.bank)
     if args.target:
-        for p in bank.select(args.target):
-            print(f"{p.level:<7}{p.split:<8}{p.text}")
+        print("\n".join(f"{p.level:<7}{p.split:<8}{p.text}" for p in bank.select(args.target)))
         return
-    import pandas as pd
-
     counts = pd.DataFrame(bank.phrasings).groupby(["target", "level", "split"], sort=False).size().unstack()
     print(f"{bank.name} ({bank.digest}): {len(bank.phrasings)} phrasings\n{counts.fillna(0).astype(int).to_string()}")
 
@@ -164,7 +162,6 @@ def run_prompts_list(args):
 def run_prompts_lint(args):
     from .lint import lint
     from .models.text import load_text_encoder
-    from .prompts import PromptBank
 
     findings = lint(PromptBank.load(args.bank), load_text_encoder())
     for (severity, check), part in findings.groupby(["severity", "check"], sort=False):
@@ -174,17 +171,6 @@ def run_prompts_lint(args):
     errors = int((findings["severity"] == "error").sum())
     print(f"{errors} errors, {len(findings) - errors} warnings")
     return 1 if errors else 0
-
-
-def add_data(commands):
-    data = commands.add_parser("data", help="look at and check datasets")
-    actions = data.add_subparsers(required=True, metavar="ACTION")
-    command(actions, "list", run_data_list, "the datasets that can be read, and their layouts")
-    check = command(actions, "check", run_data_check, "read every sample of a dataset and report what is in it")
-    add_data_options(check, split="train")
-    show = command(actions, "show", run_data_show, "write a picture of the first samples with their masks")
-    add_data_options(show, split="train")
-    show.add_argument("--output", type=Path, default=Path("samples.png"), help="the PNG file to write")
 
 
 def run_data_list(args):
@@ -216,33 +202,13 @@ def run_data_show(args):
     print(args.output)
 
 
-def add_book(commands):
-    book = commands.add_parser("book", help="execute, build and check the book (in a checkout)")
-    actions = book.add_subparsers(required=True, metavar="ACTION")
-    execute = command(actions, "execute", run_book_execute, "run the notebooks from the top with papermill")
-    execute.add_argument("--profile", choices=("smoke", "lite", "full"), default="lite", help="how long, how large")
-    execute.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
-    execute.add_argument("--keep", action="store_true", help="store the outputs in notebooks/ (lite only)")
-    execute.add_argument("--only", default="", help="only the notebooks whose name contains this")
-    build = command(actions, "build", run_book_build, "build the HTML, with warnings as errors")
-    build.add_argument("--executed", type=Path, help="a folder of executed notebooks to show instead of the stored ones")
-    command(actions, "check", run_book_check, "check that notebooks and their text pairs say the same")
-    command(actions, "sync", run_book_sync, "make each .ipynb from its .md, keeping outputs of unchanged cells")
-
-
-def chapters(only=""):
-    from .book import chapters
-
-    found = [path for path in chapters() if only in path.name]
-    if not found:
-        raise SettingsError(f"no notebook in {Path('notebooks').resolve()} has {only!r} in its name; run this in a checkout")
-    return found
-
-
 def run_book_execute(args):
-    from .book import execute
+    from .book import chapters, execute
 
-    execute(chapters(args.only), args.profile, jobs=args.jobs, keep=args.keep)
+    found = [path for path in chapters() if args.only in path.name]
+    if not found:
+        raise SettingsError(f"no notebook with {args.only!r} in its name in notebooks/; run this in a checkout")
+    execute(found, args.profile, jobs=args.jobs, keep=args.keep)
 
 
 def run_book_build(args):
@@ -253,7 +219,7 @@ def run_book_build(args):
 
 
 def run_book_check(args):
-    from .book import check_pairs
+    from .book import chapters, check_pairs
 
     problems = check_pairs(chapters())
     print("\n".join(problems) or "every notebook says what its .md says")
@@ -261,7 +227,7 @@ def run_book_check(args):
 
 
 def run_book_sync(args):
-    from .book import sync
+    from .book import chapters, sync
 
     for notebook in chapters():
         sync(notebook)

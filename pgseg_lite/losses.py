@@ -15,20 +15,18 @@ from .errors import SettingsError, TrainingError
 
 GROUP_READINGS = ("none", "literal", "log-weights", "clamped", "soft")
 CONSISTENCY_READINGS = ("none", "first", "pairwise", "mean")
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2
+FOCAL_ALPHA = 0.25  # of pixels inside the mask; gamma is 2, a square
 
 
-def focal_loss(logits, target):
-    """Mean over pixels of -alpha_t (1 - p_t)^2 log p_t. logits [B, K, H, W], target [B, 1, H, W] in {0, 1}."""
-    wrong = (logits.sigmoid() - target).abs()  # 1 - p_t
-    cross_entropy = F.softplus(logits * (1 - 2 * target))  # -log p_t
+def focal_loss(logits, p, target):
+    """Mean over pixels of -alpha_t (1 - p_t)^2 log p_t. logits and p = sigmoid [B, K, H, W], target [B, 1, H, W]."""
+    cross_entropy = F.softplus(logits) - logits * target  # -log p_t
     alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-    return (alpha * wrong**FOCAL_GAMMA * cross_entropy).mean((-2, -1))  # [B, K]
+    return (alpha * (p - target).square() * cross_entropy).mean((-2, -1))  # [B, K], |p - target| is 1 - p_t
 
 
-def dice_loss(logits, target):
+def dice_loss(p, target):
     """1 - (2 sum py + 1) / (sum p + sum y + 1). The ones keep an empty mask's loss defined and smooth."""
-    p = logits.sigmoid()
     overlap = (p * target).sum((-2, -1))
     return 1 - (2 * overlap + 1) / (p.sum((-2, -1)) + target.sum((-2, -1)) + 1)  # [B, K]
 
@@ -112,7 +110,7 @@ class LossTerms:
                 where = ""
                 if bad.shape[1] == 2:
                     group, i = bad[0].tolist()
-                    where = f" for phrasing {phrasings[group][i]!r}" if phrasings else f" for phrasing {i} of group {group}"
+                    where = f" for phrasing {repr(phrasings[group][i]) if phrasings else (group, i)}"
                 raise TrainingError(
                     f"the {name} term became NaN or infinite{where}; lower the learning rate or lam, "
                     "or choose a group reading other than 'log-weights'"
@@ -150,7 +148,8 @@ class GroupLoss:
                 f"{list(presence_logits.shape)}, mask {list(mask.shape)}; expected [B, K, H, W], [B, K], [B, H, W]"
             )
         target = mask.to(mask_logits.dtype)[:, None]  # [B, 1, H, W]
-        focal, dice = focal_loss(mask_logits, target), dice_loss(mask_logits, target)
+        p = mask_logits.sigmoid()
+        focal, dice = focal_loss(mask_logits, p, target), dice_loss(p, target)
         presence = presence_loss(presence_logits, target)
         seg = self.mask_weight * focal + self.dice_weight * dice + self.presence_weight * presence  # [B, K]
 

@@ -155,10 +155,12 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     try:
         settings = replace(settings or TrainSettings(), **changes)
     except TypeError as error:
-        raise SettingsError(f"{str(error).split(') ')[-1]}; the settings are {', '.join(asdict(TrainSettings()))}") from error
+        said = str(error).split(") ")[-1]
+        raise SettingsError(f"{said}; the settings are {', '.join(asdict(TrainSettings()))}") from error
     loss, output = settings.loss(), Path(output)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    dataset = GroupDataset(data, bank, settings, settings.steps * settings.batch_size * settings.accumulation * processes)
+    views = settings.steps * settings.batch_size * settings.accumulation * processes
+    dataset = GroupDataset(data, bank, settings, views)
     checkpoint = prepare_output(output, describe_run(data, bank, settings, processes), resume)
 
     torch.manual_seed(settings.seed)
@@ -231,7 +233,7 @@ def prepare_output(output, run, resume):
         for part in run:
             if stored.get(part) != run[part]:
                 was, now = difference(stored.get(part), run[part])
-                raise SettingsError(f"{record}: cannot resume, {part} was {was} and is now {now}; use the same settings")
+                raise SettingsError(f"{record}: cannot resume, {part} was {was} and is now {now}; use the same")
         return newest_whole_checkpoint(output)
     if resume:
         raise SettingsError(f"{output}: there is no run to resume here; start one without resume")
@@ -267,5 +269,5 @@ def newest_whole_checkpoint(output):
         except (OSError, ValueError, RuntimeError, EOFError, SafetensorError):
             continue
     if folders:
-        raise TrainingError(f"{output}: none of the {len(folders)} checkpoints can be read; start again in another folder")
+        raise TrainingError(f"{output}: none of the {len(folders)} checkpoints can be read; start in another folder")
     return None  # killed before the first checkpoint: start over

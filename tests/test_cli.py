@@ -52,12 +52,34 @@ def test_train_then_evaluate_from_the_shell(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pgseg = [sys.executable, "-m", "pgseg_lite.cli"]
     small = ["--dataset", "synthetic", "--size", "4"]
-    train = [*pgseg, "train", *small, "--profile", "smoke", "--steps", "3", "--view", "64", "--output", tmp_path / "run"]
+    train = [
+        *pgseg,
+        "train",
+        *small,
+        "--profile",
+        "smoke",
+        "--steps",
+        "3",
+        "--view",
+        "64",
+        "--output",
+        tmp_path / "run",
+    ]
     done = subprocess.run(train, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trained 3 steps in" in done.stdout and "synthetic train: 4 samples, digest" in done.stdout
     assert "training: 100%" in done.stderr  # progress is for the terminal, not for a pipe
-    evaluate = [*pgseg, "evaluate", *small, "--checkpoint", tmp_path / "run", "--per-level", "2", "--records", tmp_path / "r.csv"]
+    evaluate = [
+        *pgseg,
+        "evaluate",
+        *small,
+        "--checkpoint",
+        tmp_path / "run",
+        "--per-level",
+        "2",
+        "--records",
+        tmp_path / "r.csv",
+    ]
     done = subprocess.run(evaluate, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "worst for all: '" in done.stdout
@@ -125,7 +147,7 @@ def test_data_commands(capsys, tmp_path):
 )  # fmt: skip
 def test_bad_command_lines_exit_with_2_and_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.delenv("PGSEG_DATA", raising=False)
-    status, out, err = run(capsys, *arguments.format(tmp=tmp_path).split())
+    status, _, err = run(capsys, *arguments.format(tmp=tmp_path).split())
     assert status == 2
     assert message.format(tmp=tmp_path) in err
     assert "Traceback" not in err

@@ -81,9 +81,7 @@ def test_consep(tmp_path):
     assert load_dataset("consep", root=tmp_path, split="test", tile=None).ids == ("test_1",)
 
 
-@pytest.mark.parametrize(
-    "name, split, folder", [("kumar", "test_diff", "test_diff"), ("cpm17", "test", "test")]
-)
+@pytest.mark.parametrize("name, split, folder", [("kumar", "test_diff", "test_diff"), ("cpm17", "test", "test")])
 def test_splits_without_classes(tmp_path, name, split, folder):
     made = hovernet(tmp_path / folder, ["a", "b"], ending=".tif")
     data = load_dataset(name, root=tmp_path, split=split, tile=None)
@@ -184,9 +182,7 @@ def test_pannuke_from_the_hub_is_the_same(tmp_path):
     fold = datasets.Dataset.from_list(rows, features=features)
     datasets.DatasetDict({"fold1": fold}).save_to_disk(tmp_path / "copy")
     hub = load_dataset("pannuke", root=tmp_path / "copy", split="fold1", hub=True)
-    for ours, theirs in zip(
-        hub, load_dataset("pannuke", root=tmp_path / "official", split="fold1"), strict=True
-    ):
+    for ours, theirs in zip(hub, load_dataset("pannuke", root=tmp_path / "official", split="fold1"), strict=True):
         same(ours, theirs.image, **theirs.masks)
         assert np.array_equal(ours.instances, theirs.instances) and ours.id == theirs.id
 
@@ -254,9 +250,7 @@ def test_coco(tmp_path):
 def test_coco_by_name_beside_the_image(tmp_path):
     coco(tmp_path, [], folder=".")
     coco(tmp_path, [{"category_id": 1, "segmentation": [[0, 0, 9, 0, 9, 8]]}], name="other.json", folder=".")
-    named = [
-        load_dataset("coco", root=tmp_path, split="all", annotations=n) for n in ("labels.json", "other.json")
-    ]
+    named = [load_dataset("coco", root=tmp_path, split="all", annotations=n) for n in ("labels.json", "other.json")]
     assert not named[0][0].masks["all"].any() and named[1][0].masks["all"].any()
     assert named[0].ids == named[1].ids and named[0].digest != named[1].digest
     there = load_dataset("coco", root=tmp_path, split="all", annotations=tmp_path / "other.json")
@@ -299,9 +293,7 @@ def test_harmless_image_formats_become_rgb(tmp_path):
         save(tmp_path / "masks" / f"{name}.png", grey > 99)
     data = load_dataset("folder", root=tmp_path, split="all", tile=None)
     assert len(data) == 3
-    for sample, wanted in zip(
-        data, (np.dstack([grey] * 3), opaque[..., :3], np.dstack([grey] * 3)), strict=True
-    ):
+    for sample, wanted in zip(data, (np.dstack([grey] * 3), opaque[..., :3], np.dstack([grey] * 3)), strict=True):
         same(sample, wanted, all=grey > 99)
 
 
@@ -460,12 +452,8 @@ def test_datasets_travel_to_worker_processes(tmp_path):
 
 
 def test_importing_data_is_light():
-    code = (
-        "import sys, pgseg_lite.data; print({'torch', 'transformers', 'scipy', 'datasets'} & {*sys.modules})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True
-    )
+    code = "import sys, pgseg_lite.data; print({'torch', 'transformers', 'scipy', 'datasets'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
     assert done.stdout.strip() == "set()"
 
 
@@ -484,9 +472,7 @@ def test_every_name_of_the_design_is_there():
     ]
     assert list(READERS) == names
     lines = describe_datasets().splitlines()
-    assert (
-        [line.split()[0] for line in lines[1:]] == names and "test_diff" in lines[6] and "CoNSeP" in lines[3]
-    )
+    assert [line.split()[0] for line in lines[1:]] == names and "test_diff" in lines[6] and "CoNSeP" in lines[3]
 
 
 # ---- the real sets
@@ -494,10 +480,7 @@ def test_every_name_of_the_design_is_there():
 
 @pytest.fixture(scope="module")
 def consep(real_data):
-    return [
-        load_dataset("consep", root=real_data / "CoNSeP", split=split, tile=None)
-        for split in ("train", "test")
-    ]
+    return [load_dataset("consep", root=real_data / "CoNSeP", split=split, tile=None) for split in ("train", "test")]
 
 
 def test_real_consep_counts(consep, real_data):
@@ -508,9 +491,7 @@ def test_real_consep_counts(consep, real_data):
         nuclei += np.count_nonzero(np.bincount(sample.instances.ravel())[1:])
         classes = [sample.masks[target] for target in consep[0].targets[1:]]
         assert np.array_equal(np.logical_or.reduce(classes), sample.masks["all"])
-        assert (
-            sum(mask.sum() for mask in classes) == sample.masks["all"].sum()
-        )  # and no pixel has two classes
+        assert sum(mask.sum() for mask in classes) == sample.masks["all"].sum()  # and no pixel has two classes
     assert nuclei == 24_332
     label = loadmat(real_data / "CoNSeP" / "Test" / "Labels" / "test_3.mat")
     sample = consep[1][2]
@@ -533,9 +514,7 @@ def test_real_kumar_and_cpm15(real_data, monkeypatch):
     monkeypatch.setenv("PGSEG_DATA", str(real_data))
     sizes = {split: len(load_dataset("kumar", split=split, tile=None)) for split in READERS["kumar"].splits}
     assert sizes == {"train": 16, "test_same": 8, "test_diff": 6}
-    assert all(
-        0.05 < s.masks["all"].mean() < 0.6 for s in load_dataset("kumar", split="test_diff", tile=None)
-    )
+    assert all(0.05 < s.masks["all"].mean() < 0.6 for s in load_dataset("kumar", split="test_diff", tile=None))
     data = load_dataset("cpm15", split="all", tile=None)
     assert len(data) == 15 and all(0.02 < s.masks["all"].mean() < 0.6 for s in data)
     assert data[0].image.shape == (488, 643, 3) and np.count_nonzero(np.unique(data[0].instances)) > 300

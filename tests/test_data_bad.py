@@ -184,9 +184,7 @@ CASES = {
         then(
             folder,
             gone("images/a.png"),
-            lambda root: imwrite(
-                root / "images" / "a.tif", PLANES, photometric="rgb", planarconfig="separate"
-            ),
+            lambda root: imwrite(root / "images" / "a.tif", PLANES, photometric="rgb", planarconfig="separate"),
         ),
         "a.tif: more than 8 bits a channel; save it as 8-bit RGB, scaled as it should look",
     ),
@@ -438,9 +436,7 @@ def test_bad_input_is_told_in_one_sentence(case, tmp_path):
     root = tmp_path / "data"
     root.mkdir()
     request = build(root)
-    assert expected.format(root=root, here=root.name) in message(
-        lambda: list(load_dataset(root=root, **request))
-    )
+    assert expected.format(root=root, here=root.name) in message(lambda: list(load_dataset(root=root, **request)))
 
 
 def test_data_given_nowhere(monkeypatch):
@@ -455,14 +451,10 @@ def test_environment_without_the_dataset(monkeypatch, tmp_path):
     for name in [f"set_{number}" for number in range(1, 12)]:
         (tmp_path / name).mkdir()
     monkeypatch.setenv("PGSEG_DATA", str(tmp_path))
-    wanted = (
-        "looked for Kumar, but env holds set_1, set_2, set_3, set_4, set_5, set_6 and 5 more; correct root"
-    )
+    wanted = "looked for Kumar, but env holds set_1, set_2, set_3, set_4, set_5, set_6 and 5 more; correct root"
     assert wanted.replace("env", tmp_path.name) in message(lambda: load_dataset("kumar"))
     monkeypatch.setenv("PGSEG_DATA", str(tmp_path / "nowhere"))
-    assert "nowhere: no such folder; correct root (or PGSEG_DATA) for kumar" in message(
-        lambda: load_dataset("kumar")
-    )
+    assert "nowhere: no such folder; correct root (or PGSEG_DATA) for kumar" in message(lambda: load_dataset("kumar"))
 
 
 def test_hold_out_that_cannot_be(tmp_path):

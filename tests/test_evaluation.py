@@ -157,8 +157,14 @@ def test_choose_spreads_over_the_bank():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda k: pg.SegmentationOutput(torch.zeros(1, k, 8, 8), torch.zeros(1, k)), r"masks of \[8, 8\] for image slide0"),
-        (lambda k: pg.SegmentationOutput(torch.full((1, k, 4, 4), float("nan")), torch.zeros(1, k)), "NaN in the logits"),
+        (
+            lambda k: pg.SegmentationOutput(torch.zeros(1, k, 8, 8), torch.zeros(1, k)),
+            r"masks of \[8, 8\] for image slide0",
+        ),
+        (
+            lambda k: pg.SegmentationOutput(torch.full((1, k, 4, 4), float("nan")), torch.zeros(1, k)),
+            "NaN in the logits",
+        ),
         (lambda k: torch.zeros(1, k, 4, 4), "predict must return a SegmentationOutput, got Tensor"),
     ],
 )

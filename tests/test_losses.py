@@ -53,7 +53,7 @@ def test_segmentation_terms_equal_their_formulas(group):
 
 def test_focal_stays_finite_where_a_log_of_the_probability_would_not():
     logits = torch.tensor([[[[-200.0, 200.0]]]], requires_grad=True)
-    loss = focal_loss(logits, torch.tensor([[[[1.0, 0.0]]]]))
+    loss = focal_loss(logits, logits.sigmoid(), torch.tensor([[[[1.0, 0.0]]]]))
     loss.sum().backward()
     assert loss.item() == pytest.approx((0.25 + 0.75) / 2 * 200)
     assert torch.isfinite(logits.grad).all()
@@ -62,8 +62,8 @@ def test_focal_stays_finite_where_a_log_of_the_probability_would_not():
 def test_dice_of_an_empty_mask_is_defined_and_falls_with_the_prediction():
     empty = torch.zeros(1, 1, 4, 4)
     full, none = torch.full((1, 1, 4, 4), 50.0), torch.full((1, 1, 4, 4), -50.0)
-    assert dice_loss(none, empty).item() == pytest.approx(0, abs=1e-6)
-    assert dice_loss(full, empty).item() == pytest.approx(1 - 1 / 17)
+    assert dice_loss(none.sigmoid(), empty).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(full.sigmoid(), empty).item() == pytest.approx(1 - 1 / 17)
 
 
 @pytest.mark.parametrize("reading", GROUP_READINGS)

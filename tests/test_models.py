@@ -140,11 +140,6 @@ def test_image_is_encoded_once_for_all_phrasings(small, image, monkeypatch):
     assert calls == [1]
 
 
-def test_masks_need_presence():
-    logits, presence = torch.full((1, 2, 2, 2), 3.0), torch.tensor([[1.0, -1.0]])
-    assert pg.SegmentationOutput(logits, presence).masks.flatten(2).all(-1).tolist() == [[True, False]]
-
-
 def test_every_parameter_of_lite_gets_a_gradient(small):
     out = small(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 384) / 20)
     (out.mask_logits.sum() + out.presence_logits.sum()).backward()
@@ -157,7 +152,10 @@ def test_save_and_load_again(small, image, tmp_path, dtype):
     again = pg.load_segmenter("lite", tmp_path / "model", device="cpu")
     tolerance = 0 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(
-        again.predict(image, "nuclei").mask_logits, small.predict(image, "nuclei").mask_logits, atol=tolerance, rtol=tolerance
+        again.predict(image, "nuclei").mask_logits,
+        small.predict(image, "nuclei").mask_logits,
+        atol=tolerance,
+        rtol=tolerance,
     )
     assert again.config == small.config and not again.training
 

@@ -150,7 +150,9 @@ RUN = [
 def pgseg(*arguments, launcher=(), **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "-m", "pgseg_lite.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def finish(process, timeout=300):
@@ -207,7 +209,7 @@ def test_resume_steps_over_a_half_written_checkpoint(data, bank, tmp_path):
     (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
     assert newest_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(TrainingError, match="none of the 2 checkpoints can be read; start again in another folder"):
+    with pytest.raises(TrainingError, match="none of the 2 checkpoints can be read; start in another folder"):
         newest_whole_checkpoint(tmp_path / "run")
 
 
@@ -215,7 +217,7 @@ def test_nan_stops_the_run_and_names_the_phrasing(data, bank, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.query_head.queries.bias[0] = float("nan")
-    with pytest.raises(TrainingError, match="the mask term became NaN or infinite for phrasing '.+'; lower"):
+    with pytest.raises(TrainingError, match=r"the mask term became NaN or infinite for phrasing '.+'; lower"):
         pg.train(data, bank, tmp_path / "run", TINY, model=model, quiet=True)
 
 

@@ -16,8 +16,8 @@ class SegmentationOutput:
 
     @property
     def masks(self):
-        """Boolean [B, K, H, W]: a pixel needs its own logit and the presence logit above zero."""
-        return (self.mask_logits > 0) & (self.presence_logits > 0)[..., None, None]
+        """Boolean [B, K, H, W]. A model that lets presence gate its masks does so in the logits (`aggregate`)."""
+        return self.mask_logits > 0
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ with 840 million parameters; this one trains from scratch in minutes.
 
 import json
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class ImageEncoder(nn.Module):
         widths = config.widths
         self.stem = nn.Conv2d(3 * 4, widths[0], 3, padding=1)
         self.down = nn.ModuleList(Block(widths[max(i - 1, 0)], width) for i, width in enumerate(widths))
-        self.up = nn.ModuleList(Block(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.up = nn.ModuleList(Block(a + b, a) for a, b in pairwise(widths))
         self.to_pixels = nn.Conv2d(widths[0], config.dim * 4, 1)
         self.to_image = nn.Sequential(nn.LayerNorm(2 * widths[-1]), nn.Linear(2 * widths[-1], config.dim))
 

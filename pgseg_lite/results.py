@@ -1,0 +1,150 @@
+"""Results are data: a tidy table (NAME.csv) beside a stamp (NAME.json) that says how it was measured."""
+
+import datetime
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from . import __version__
+from .errors import ResultError
+
+MEASURED = ("profile", "datasets", "seeds", "settings", "wall_s")  # what only the caller knows
+FIELDS = (*MEASURED, "code", "packages", "hardware", "date")
+LIMIT = 1_000_000  # bytes of a file
+PATH = re.compile(r"""["'\s=:,](/|~/|\.\./|[A-Za-z]:\\+)\w[^"]*""")  # neither "T1 / T2" nor https://
+
+
+def stamp(**facts):
+    """The caller's facts (MEASURED and any more) with code version, packages, hardware and date (UTC)."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    found = {"code": _code(), "packages": _packages(), "hardware": _hardware(), "date": now}
+    return _checked({**found, **facts}, FIELDS, "the stamp")
+
+
+def save_result(name, frame, stamp, root="results"):
+    """Write root/NAME.csv and .json, both or neither; return the csv's path. Index names turn to columns."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise ResultError(f"a result cannot be named {name!r}; use lower-case letters, digits, - and _")
+    frame = frame.reset_index() if any(label is not None for label in frame.index.names) else frame
+    if frame.columns.nlevels > 1 or not frame.columns.is_unique:
+        raise ResultError(f"{name} has stacked or repeated column names; give each column its own")
+    hollow = [str(column) for column in frame.columns if frame[column].isna().all()]
+    if frame.empty or hollow:
+        raise ResultError(f"{name} has no value in {', '.join(hollow) or 'any row'}; measure it or drop it")
+    table = frame.to_csv(index=False, lineterminator="\n").encode()
+    texts = [column for column in frame.columns if not pd.api.types.is_numeric_dtype(frame[column])]
+    stamp = {**_checked(stamp, FIELDS, name), "text_columns": texts, "sha256": sha256(table).hexdigest()}
+    target = Path(root, f"{name}.csv")
+    files = {target: table, target.with_suffix(".json"): json.dumps(stamp, indent=1).encode() + b"\n"}
+    if (size := max(map(len, files.values()))) > LIMIT:
+        raise ResultError(f"{name} has {size:,} bytes, over {LIMIT:,}; round it, group it or split it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for path, content in files.items():
+            temporary[path].write_bytes(content)
+        for path in files:  # killed between the two, the sha256 no longer fits, and load_result says so
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return target
+
+
+def load_result(name, root=None):
+    """The table, its stamp in .attrs["stamp"]; without a root, from the first results/ upward that has it."""
+    roots = [Path(root)] if root else [above / "results" for above in (Path.cwd(), *Path.cwd().parents)]
+    path = next((place / f"{name}.csv" for place in roots if (place / f"{name}.csv").is_file()), None)
+    if path is None:
+        upward = "" if root else " or in a results folder above it"
+        raise ResultError(f"there is no {name}.csv in {roots[0]}{upward}; run what measures it")
+    try:
+        stamp = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path} has no readable stamp beside it ({error}); measure it again") from None
+    stamp, table = _checked(stamp, (*FIELDS, "text_columns", "sha256"), path), path.read_bytes()
+    if sha256(table).hexdigest() != stamp["sha256"]:
+        raise ResultError(f"{path} is not the table that its stamp was made for; measure it again")
+    texts = dict.fromkeys(stamp["text_columns"], str)  # so that image "007" and a category "None" stay text
+    exact = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # pandas 3 always is
+    frame = pd.read_csv(io.BytesIO(table), dtype=texts, keep_default_na=False, na_values=[""], **exact)
+    frame.attrs["stamp"] = stamp
+    return frame
+
+
+def list_results(root="results"):
+    """The names of all tables and stamps in root, sorted; one without its other half is listed too."""
+    return sorted({path.stem for path in Path(root).glob("[!.]*") if path.suffix in (".csv", ".json")})
+
+
+def describe(stamp):
+    """One line of provenance for a caption; a run at the smoke profile says so first."""
+    code, machine, wall = stamp["code"], stamp["hardware"], stamp["wall_s"]
+    data = ", ".join(f"{one['name']} {one['split']} ({one['digest']})" for one in stamp["datasets"])
+    commit = f" at {code['commit'][:10]}{' with changes' * code['dirty']}" if code["commit"] else ""
+    seeds = ", ".join(map(str, stamp["seeds"])) or "none"
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    time = f"{wall:.3g} s" if wall < 120 else f"{wall / 60:.0f} min"
+    smoke = stamp["profile"] == "smoke"
+    label = "smoke run, not a measurement" if smoke else f"{stamp['profile']} profile"
+    return (
+        f"{label}: {data or 'no data set'}; seeds {seeds}; pgseg_lite {code['version']}{commit}, "
+        f"torch {stamp['packages']['torch']}; {where}; {time}; {stamp['date'][:10]}"
+    )
+
+
+def _checked(stamp, fields, where):
+    """The stamp as JSON keeps it, once it is known to be whole and to name no place on this machine."""
+    try:
+        text = json.dumps(stamp, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"{where} has a stamp that JSON cannot hold ({error}); use plain values") from None
+    if missing := [field for field in fields if not isinstance(stamp, dict) or field not in stamp]:
+        raise ResultError(f"{where} lacks {', '.join(missing)}; make its stamp with results.stamp()")
+    if stamp["profile"] not in ("smoke", "lite", "full"):
+        raise ResultError(f"{where} has profile {stamp['profile']!r}; it is smoke, lite or full")
+    if not all({"name", "split", "digest"} <= {*one} for one in stamp["datasets"]):
+        raise ResultError(f"{where} has a data set without name, split or digest; take them from the Dataset")
+    if found := PATH.search(text):
+        raise ResultError(f"{where} holds the path {found[0]!r}; a stamp is public, so name things instead")
+    return json.loads(text)
+
+
+def _code():
+    """Version; in a git checkout also the commit and whether the package differs from it."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    commit, dirty = None, False
+    try:  # asked of this very file, because an installed copy may lie inside a checkout of something else
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
+            commit = git("rev-parse", "--verify", "HEAD").stdout.strip() or None
+            dirty = bool(git("status", "--porcelain", ".").stdout)
+    except OSError:
+        pass  # no git on this machine
+    return {"version": __version__, "commit": commit, "dirty": dirty}
+
+
+def _packages():
+    names = ("torch", "transformers", "numpy", "pandas")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _hardware():
+    """Model names and counts. A GPU only where the caller has torch loaded: importing it takes seconds."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
+    gpu = cuda.get_device_name() if cuda and cuda.is_available() else None
+    cpu = model[1] if model else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu}

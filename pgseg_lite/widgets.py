@@ -1,0 +1,72 @@
+"""Interaction twice: frames that move in a static page, and live widgets for those with a kernel."""
+
+import base64
+import html
+import json
+from itertools import count
+
+from .errors import SettingsError
+from .plots import png
+
+MAX_FRAMES, MAX_BYTES = 12, 500_000
+_numbers = count(1)
+
+
+def slider(figures, labels, alts, name):
+    """Plain HTML with a few lines of script: a range input that switches between pre-rendered figures.
+
+    Works without a kernel, a network or a mouse (arrow keys move a focused slider), and announces each
+    frame's own alt text. At most 12 frames and 500 kB in all.
+    """
+    from IPython.display import HTML
+
+    if not len(figures) == len(labels) == len(alts):
+        raise SettingsError(f"{len(figures)} figures, {len(labels)} labels, {len(alts)} alt texts; give each frame one")
+    if not 1 < len(figures) <= MAX_FRAMES:
+        raise SettingsError(f"{len(figures)} frames; a slider takes 2 to {MAX_FRAMES}")
+    frames = ["data:image/png;base64," + base64.b64encode(png(figure, dpi=80)).decode() for figure in figures]
+    if (size := sum(map(len, frames))) > MAX_BYTES:
+        raise SettingsError(f"the frames take {size // 1000} kB of {MAX_BYTES // 1000}; make the figures smaller")
+    key = f"pgseg-slider-{next(_numbers)}"
+    data = json.dumps([{"src": s, "label": t, "alt": a} for s, t, a in zip(frames, labels, alts, strict=True)])
+    data = data.replace("</", "<\\/")  # a label must not end the script
+    first, label, alt = frames[0], html.escape(labels[0]), html.escape(alts[0], quote=True)
+    return HTML(f"""<figure class="pgseg-slider" id="{key}" style="background:#fff;color:#111;padding:.5em;max-width:100%">
+<label>{html.escape(name)}: <output>{label}</output>
+<input type="range" min="0" max="{len(frames) - 1}" value="0" style="width:100%" aria-valuetext="{label}"></label>
+<img src="{first}" alt="{alt}" style="max-width:100%;height:auto">
+<script type="application/json">{data}</script>
+<script>(() => {{
+  const box = document.getElementById("{key}"), input = box.querySelector("input");
+  const frames = JSON.parse(box.querySelector("script").textContent);
+  input.addEventListener("input", () => {{
+    const frame = frames[input.value], image = box.querySelector("img");
+    image.src = frame.src; image.alt = frame.alt;
+    box.querySelector("output").textContent = frame.label;
+    input.setAttribute("aria-valuetext", frame.label);
+  }});
+}})();</script></figure>""")
+
+
+def ask(model, image, prompt="nuclei"):
+    """A text field and the mask for whatever is typed into it. Needs a running kernel."""
+    import ipywidgets
+    from IPython.display import display
+
+    from .plots import show, show_masks
+
+    features = model.encode_image(image)  # once: each phrasing costs only its own decoding
+    field = ipywidgets.Text(value=prompt, description="phrasing", continuous_update=False)
+    output = ipywidgets.Output()
+
+    def answer(_=None):
+        text = field.value.strip() or prompt
+        mask = model.decode(features, model.encode_text([text])).masks[0].cpu().numpy()
+        with output:
+            output.clear_output(wait=True)
+            show(show_masks(image, mask, [text]), alt=f"Outline of the mask for the phrasing: {text}")
+
+    field.observe(answer, names="value")
+    answer()
+    display(ipywidgets.VBox([field, output]))
+    return field

@@ -1,0 +1,260 @@
+"""The book's machinery on throwaway chapters, then the book itself as its reader gets it."""
+
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from pgseg_lite import book
+from pgseg_lite.errors import PgsegError
+
+SOURCE = """\
+---
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# A chapter
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+PROFILE = "lite"
+```
+
+```{code-cell} ipython3
+:tags: [nbval-check-output]
+
+print(PROFILE)
+```
+
+```{code-cell} ipython3
+print("not checked")
+```
+"""
+
+
+@pytest.fixture
+def chapter(tmp_path) -> Path:
+    """A pair that says the same, its .ipynb without outputs."""
+    path = tmp_path / "notebooks" / "01_try_it.ipynb"
+    path.parent.mkdir()
+    path.with_suffix(".md").write_text(SOURCE)
+    book.sync(path)
+    return path
+
+
+def edit(path: Path, change) -> None:
+    nb = nbformat.read(path, as_version=4)
+    change(nb)
+    nbformat.write(nb, path)
+
+
+def test_a_synced_pair_has_no_drift_whatever_its_timestamps(chapter):
+    chapter.with_suffix(".md").touch()
+    assert book.check_pairs([chapter]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        (lambda nb: nb.cells[0].update(source="# Another title"), 1),
+        (lambda nb: nb.cells[2].metadata.update(tags=[]), 3),
+        (lambda nb: nb.cells.__setitem__(3, new_markdown_cell(nb.cells[3].source)), 4),
+        (lambda nb: nb.cells.append(new_code_cell("1 + 1")), 5),
+        (lambda nb: nb.cells.pop(), 4),
+    ],
+    ids=["source", "tags", "type", "cell too many", "cell too few"],
+)
+def test_drift_is_found_and_named(chapter, change, number):
+    edit(chapter, change)
+    (problem,) = book.check_pairs([chapter])
+    assert f"cell {number} " in problem and chapter.name in problem and "pgseg book sync" in problem
+
+
+def test_metadata_that_papermill_leaves_is_no_drift(chapter):
+    edit(chapter, lambda nb: nb.cells[3].metadata.update(tags=[], papermill={"duration": 1.0}, execution={}))
+    assert book.check_pairs([chapter]) == []
+
+
+@pytest.mark.parametrize("suffix", [".md", ".ipynb"])
+def test_half_a_pair_is_found(chapter, suffix):
+    chapter.with_suffix(suffix).unlink()
+    (problem,) = book.check_pairs(book.chapters(chapter.parent))
+    assert f"{chapter.stem}{suffix} is missing" in problem
+
+
+def test_sync_keeps_outputs_of_unchanged_cells_only(chapter):
+    def run(nb):
+        for count, cell in enumerate((c for c in nb.cells if c.cell_type == "code"), 1):
+            cell.update(execution_count=count, outputs=[new_output("stream", text=f"{count}\n")])
+
+    edit(chapter, run)
+    before = nbformat.read(chapter, as_version=4)
+    chapter.with_suffix(".md").write_text(SOURCE.replace('"not checked"', '"changed"'))
+    book.sync(chapter)
+    after = nbformat.read(chapter, as_version=4)
+    assert book.check_pairs([chapter]) == []
+    assert [len(c.outputs) for c in after.cells if c.cell_type == "code"] == [1, 1, 0]
+    assert [c.id for c in after.cells[:3]] == [c.id for c in before.cells[:3]]
+    assert set(after.metadata) == {"kernelspec", "language_info"}
+
+
+@pytest.mark.papermill
+def test_execute_gives_the_profile_to_the_notebook_and_leaves_the_source_alone(chapter, tmp_path, capsys):
+    stored = chapter.read_bytes()
+    book.execute([chapter], "smoke", tmp_path / "out")
+    ran = nbformat.read(tmp_path / "out" / chapter.name, as_version=4)
+    assert [c.outputs[0].text for c in ran.cells if c.get("outputs")] == ["smoke\n", "not checked\n"]
+    assert not any("papermill" in c.metadata or c.metadata.get("tags") == [] for c in ran.cells)
+    assert chapter.read_bytes() == stored
+    assert re.search(rf"{chapter.name} +\d+\.\d s", capsys.readouterr().out)
+
+
+@pytest.mark.papermill
+def test_execute_keeps_lite_outputs_when_asked_and_only_those(chapter, tmp_path):
+    book.execute([chapter], "lite", tmp_path / "out", keep=True)
+    kept = nbformat.read(chapter, as_version=4)
+    assert [c.execution_count for c in kept.cells if c.cell_type == "code"] == [1, 2, 3]
+    assert kept.cells[2].outputs[0].text == "lite\n"
+    assert book.check_pairs([chapter]) == []
+    with pytest.raises(PgsegError, match="only outputs of the lite profile"):
+        book.execute([chapter], "smoke", tmp_path / "out", keep=True)
+
+
+@pytest.mark.papermill
+def test_execute_says_which_notebook_failed_and_how(chapter, tmp_path):
+    chapter.with_suffix(".md").write_text(SOURCE.replace('print("not checked")', "1 / 0"))
+    book.sync(chapter)
+    with pytest.raises(PgsegError, match=r"01_try_it\.ipynb: ZeroDivisionError: division by zero"):
+        book.execute([chapter], "smoke", tmp_path / "out")
+
+
+def test_execute_refuses_a_drifted_pair(chapter, tmp_path):
+    edit(chapter, lambda nb: nb.cells.pop())
+    with pytest.raises(PgsegError, match="pgseg book sync"):
+        book.execute([chapter], "smoke", tmp_path / "out")
+
+
+# ---- a build that goes wrong ----
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """A book of one page."""
+    for name in ("book", "notebooks", "pgseg_lite", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "_config.yml").write_text('title: T\nonly_build_toc_files: true\nexecute: {execute_notebooks: "off"}\n')
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
+    (tmp_path / "book/index.md").write_text("# Title\n\nText.\n")
+    return tmp_path
+
+
+@pytest.mark.book
+def test_a_warning_stops_the_build_and_is_shown(tiny):
+    (tiny / "book/index.md").write_text("# Title\n\n{doc}`nowhere`\n")
+    with pytest.raises(PgsegError, match=r"(?s)without warnings.*nowhere"):
+        book.build(tiny)
+
+
+@pytest.mark.book
+def test_images_keep_the_alt_text_of_their_output(tiny):
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    meta = [{"image/png": {"alt": alt}} for alt in ('A "first" pixel', "A second & last pixel")]
+    outputs = [new_output("display_data", {"image/png": pixel}, metadata=m) for m in meta]
+    cell = new_code_cell("show()", outputs=outputs, execution_count=1)
+    book.write(new_notebook(cells=[new_markdown_cell("# Page"), cell]), tiny / "notebooks/a.ipynb")
+    (tiny / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n- file: notebooks/a\n")
+    page = (book.build(tiny) / "notebooks/a.html").read_text()
+    assert 'alt="A &quot;first&quot; pixel"' in page and 'alt="A second &amp; last pixel"' in page
+
+
+@pytest.mark.book
+def test_a_missing_page_is_found(tiny):
+    html = book.build(tiny)
+    assert book.page_count(html, tiny) == 1
+    (html / "book/index.html").rename(html / "book/other.html")
+    with pytest.raises(PgsegError, match=r"not those of _toc\.yml"):
+        book.page_count(html, tiny)
+
+
+# ---- the book itself ----
+
+
+@pytest.fixture(scope="session")
+def html(repo, tmp_path_factory) -> Path:
+    """The pages of the committed outputs, built outside the checkout."""
+    return book.build(repo, tmp_path_factory.mktemp("book"))
+
+
+def pages(repo: Path) -> list[str]:
+    from sphinx_external_toc.parsing import parse_toc_yaml
+
+    return sorted(parse_toc_yaml(repo / "_toc.yml"))
+
+
+@pytest.mark.book
+def test_the_book_builds_without_warnings_and_with_every_page(html, repo):
+    assert book.page_count(html, repo) == len(pages(repo))
+
+
+def test_every_chapter_is_in_the_table_of_contents(repo):
+    chapters = {f"notebooks/{path.stem}" for path in book.chapters(repo / "notebooks")}
+    assert chapters == {page for page in pages(repo) if page.startswith("notebooks/")}
+
+
+@pytest.mark.book
+def test_links_within_the_book_lead_somewhere(html, repo):
+    broken = []
+    for page in pages(repo):
+        text = (html / f"{page}.html").read_text()
+        for target in re.findall(r'(?:href|src)="([^"#][^"]*)"', text):
+            parts = urlsplit(target)
+            if not parts.scheme and not (html / page).parent.joinpath(unquote(parts.path)).exists():
+                broken.append(f"{page}: {target}")
+    assert not broken
+
+
+# What of the article reaches beyond a phone's width and does not scroll inside itself.
+WIDE = """[...document.querySelectorAll('article *')].filter(e => {
+    for (let p = e; p.tagName != 'ARTICLE'; p = p.parentElement)
+        if (getComputedStyle(p).overflowX != 'visible') return false;
+    return e.getBoundingClientRect().right > 390;
+}).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.browser
+def test_every_page_opens_in_a_browser(html, repo, browser):
+    problems = []
+    for page in pages(repo):
+        said = browser.open(html / f"{page}.html")
+        if len(browser.evaluate("document.querySelector('h1')?.textContent ?? ''")) < 3:
+            said.append("no title")
+        bad = "[...document.images].filter(i => !i.alt.trim() || !i.naturalWidth).map(i => i.outerHTML)"
+        said += [f"no alt text, or broken: {image[:160]}" for image in browser.evaluate(bad)]
+        browser.open(html / f"{page}.html", width=390, height=844)
+        if browser.evaluate("document.documentElement.scrollWidth") > 390:
+            said.append(f"wider than a phone: {browser.evaluate(WIDE)}")
+        problems += [f"{page}: {line}" for line in said]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.browser
+def test_the_browser_check_sees_what_it_should(tmp_path, browser):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<!doctype html><meta name="viewport" content="width=device-width"><title>t</title>'
+        '<script src="https://example.org/blocked.js"></script><script>console.error("said"); boom()</script>'
+        '<article><div style="width: 900px">wide</div></article>'
+    )
+    said = browser.open(page, width=390, height=844)
+    assert len(said) == 2 and "said" in said and any("boom is not defined" in line for line in said)
+    assert browser.evaluate("document.documentElement.scrollWidth") > 390
+    assert browser.evaluate(WIDE)
+    shutil.rmtree(tmp_path)

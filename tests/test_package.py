@@ -1,0 +1,170 @@
+"""The package and the checkout around it: light to import, small to read, locked, clean."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import pgseg_lite as pg
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def read_pins(path: Path) -> dict[str, Requirement]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+@pytest.fixture(scope="module")
+def project(repo) -> dict:
+    return tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def files(repo) -> list[Path]:
+    """What git tracks, or would track if it were added now."""
+    command = ["git", "-C", repo, "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so there is no list of its files")
+    return [path for name in listed.stdout.split("\0") if name and (path := repo / name).is_file()]
+
+
+def texts(files: list[Path]):
+    for path in files:
+        try:
+            yield path, path.read_text()
+        except UnicodeDecodeError:
+            continue
+
+
+# ---- the module ----
+
+
+@pytest.mark.parametrize("name", pg.__all__)
+def test_public_name_resolves(name):
+    assert getattr(pg, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        pg.no_such_name  # noqa: B018
+
+
+def test_import_is_light():
+    heavy = ("torch", "transformers", "matplotlib", "pandas", "scipy", "PIL")
+    assert run(f"import sys, pgseg_lite; print(sorted(sys.modules.keys() & {set(heavy)}))") == "[]"
+
+
+def test_import_takes_at_most_15_percent_of_the_time_of_torch():
+    clock = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
+    ours = min(float(run(clock.format("pgseg_lite"))) for _ in range(3))
+    assert ours <= 0.15 * float(run(clock.format("torch")))
+
+
+def test_module_can_be_read_in_an_evening(repo):
+    lines = {path.name: path.read_text().count("\n") for path in (repo / "pgseg_lite").rglob("*.py")}
+    assert sum(lines.values()) < 3000, lines
+
+
+def test_nothing_imports_the_command_line(repo):
+    importing = re.compile(r"(from \.+|from \.+ import .*|pgseg_lite\.)\b(cli|widgets)\b")
+    assert not [p for p in (repo / "pgseg_lite").rglob("*.py") if p.stem != "cli" and importing.search(p.read_text())]
+
+
+def test_every_command_has_help(repo):
+    for command in ([], ["train"], ["evaluate"], ["prompts"], ["data"], ["book"], ["book", "execute"]):
+        shown = subprocess.run(
+            [sys.executable, "-m", "pgseg_lite.cli", *command, "--help"], capture_output=True, text=True
+        )
+        assert shown.returncode == 0 and "usage: pgseg" in shown.stdout, (command, shown.stderr)
+
+
+def test_package_data_is_declared_for_every_file_that_is_not_code(repo, files):
+    patterns = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pgseg_lite"]
+    shipped = {path for pattern in patterns for path in (repo / "pgseg_lite").glob(pattern)}
+    needed = {p for p in files if p.is_relative_to(repo / "pgseg_lite") and p.suffix != ".py"}
+    assert needed <= shipped
+
+
+# ---- versions ----
+
+
+def test_lock_has_exact_pins_and_nothing_of_one_machine(repo):
+    pins = read_pins(repo / "requirements.txt")
+    for name, pin in pins.items():
+        (spec,) = pin.specifier
+        assert spec.operator == "==" and not pin.url and not Version(spec.version).local, name
+    assert not [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
+    assert not re.search(r"://|^-|[\\@]|^[./]", (repo / "requirements.txt").read_text(), re.M)
+
+
+def test_lock_is_the_environment_that_runs_these_tests(repo):
+    from importlib.metadata import version
+
+    pins = read_pins(repo / "requirements.txt")
+    other = {name: version(name) for name, pin in pins.items() if not pin.specifier.contains(version(name))}
+    assert not other, "this environment is not the locked one; run the tests with `make test`"
+
+
+def test_lock_satisfies_the_project(repo, project):
+    pins = read_pins(repo / "requirements.txt")
+    extras = [text for extra in project["optional-dependencies"].values() for text in extra]
+    for need in map(Requirement, project["dependencies"] + extras):
+        (spec,) = pins[canonicalize_name(need.name)].specifier
+        assert need.specifier.contains(spec.version), f"{need} but {spec} is locked"
+
+
+def test_lower_bounds_fit_colab(repo, project):
+    colab = read_pins(repo / "constraints-colab.txt")
+    for need in map(Requirement, project["dependencies"]):
+        assert {spec.operator for spec in need.specifier} == {">="}, f"{need}: lower bounds only"
+        (spec,) = colab[canonicalize_name(need.name)].specifier
+        assert need.specifier.contains(spec.version), f"{need} but Colab has {spec}"
+
+
+# ---- the checkout ----
+
+
+def test_no_file_is_large(files):
+    assert not {str(path): path.stat().st_size for path in files if path.stat().st_size > 5_500_000}
+
+
+def test_no_data_set_is_committed(repo, files):
+    suffixes = {".mat", ".npy", ".npz", ".tif", ".tiff", ".h5", ".pt", ".pth", ".pkl"}
+    assert not [path for path in files if path.suffix.lower() in suffixes]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert all(path.is_relative_to(repo / "pgseg_lite" / "checkpoints") for path in weights)
+
+
+def test_no_path_of_one_machine_is_committed(files):
+    home = re.compile(r"(?<![\w.<~-])/(home|Users|root|work|tmp/dev)/(?!me/)\w")  # /home/me/ is anybody's
+    found = [f"{path}: {hit.group()}" for path, text in texts(files) for hit in home.finditer(text)]
+    assert not found
+
+
+def test_every_result_has_a_stamp(repo):
+    for table in (repo / "results").glob("*.csv"):
+        stamp = json.loads(table.with_suffix(".json").read_text())
+        assert isinstance(stamp, dict) and stamp, table
+
+
+def test_every_command_of_the_readme_exists(repo):
+    targets = set(re.findall(r"^([a-z-]+):", (repo / "Makefile").read_text(), re.M))
+    pages = [repo / "README.md", *(repo / "book").glob("*.md")]
+    used = {name for page in pages for name in re.findall(r"\bmake ([a-z-]+)\b(?= |`|\n)", page.read_text())}
+    assert {"book", "test"} <= used <= targets
+
+
+def test_the_readme_example_runs(repo):
+    (example,) = re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), re.S)
+    assert "worst_phrasing" in run(example)
