@@ -97,4 +97,4 @@ def show(figure, alt, dpi=100):
 
     if not alt.strip():
         raise SettingsError("a figure needs an alt text: say in a sentence what it shows")
-    display({"image/png": png(figure, dpi)}, metadata={"image/png": {"alt": alt}}, raw=True)
+    display({"image/png": png(figure, dpi), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)

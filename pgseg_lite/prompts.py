@@ -17,6 +17,7 @@ from .errors import BankError
 
 LEVELS = ("low", "medium", "high")
 SPLITS = ("train", "heldout")
+ENTRY = ("text", "heldout")  # what an entry of a list may say
 BANKS = Path(__file__).parent / "banks"
 
 
@@ -57,8 +58,8 @@ class PromptBank:
     @classmethod
     def load(cls, name_or_path="nuclei"):
         """The bank bundled under this name, or the YAML file at this path."""
-        bundled = BANKS / f"{name_or_path}.yaml"
-        path = bundled if bundled.parent == BANKS and bundled.is_file() else Path(name_or_path)
+        path = BANKS / f"{name_or_path}.yaml"
+        path = path if path.is_file() else Path(name_or_path)
         content = _mapping(_read_yaml(path), path, "the file", ("name", "split", "levels", "targets"))
         levels = _mapping(content.get("levels", {}), path, "levels", LEVELS)
         entries = _mapping(content.get("targets", {}), path, "targets")
@@ -70,17 +71,14 @@ class PromptBank:
         name, split_name = str(content.get("name", path.stem)), str(content.get("split", "unnamed"))
         return cls(name, split_name, targets, phrasings, digest)
 
-    def select(self, target=None, levels=LEVELS, split=None, strict=False):
-        """Phrasings in bank order; `strict`: only those with both noun and template unseen in train."""
+    def select(self, target=None, levels=LEVELS, split=None):
+        """Phrasings in bank order; None stands for every target or split."""
         levels = (levels,) if isinstance(levels, str) else tuple(levels)
         asked = [("target", target, self.targets), ("split", split, SPLITS)]
         for kind, value, known in asked + [("level", level, LEVELS) for level in levels]:
             if value not in (None, *known):
                 raise BankError(f"bank '{self.name}' has no {kind} {value!r}; choose from {', '.join(known)}")
-        train = [p for p in self.phrasings if p.split == "train"] if strict else []
-        seen = {(p.target, part) for p in train for part in (p.noun, p.template) if part}
         found = [p for p in self.phrasings if target in (None, p.target) and split in (None, p.split)]
-        found = [p for p in found if not seen & {(p.target, p.noun), (p.target, p.template)}]
         return [p for p in found if p.level in levels]
 
     def group(self, target, levels=LEVELS, split="train"):
@@ -137,9 +135,8 @@ def _entries(value, path, field):
         raise BankError(f"{path}: {field} must be a list with at least one entry; fill it or remove it")
     entries = []
     for i, entry in enumerate(value):
-        entry = entry if isinstance(entry, dict) else {"text": entry}
-        text = _mapping(entry, path, f"{field}[{i}]", ("text", "heldout")).get("text")
-        heldout = entry.get("heldout", False)
+        entry = _mapping(entry if isinstance(entry, dict) else {"text": entry}, path, f"{field}[{i}]", ENTRY)
+        text, heldout = entry.get("text"), entry.get("heldout", False)
         if not isinstance(text, str) or not text.strip():
             raise BankError(f"{path}: {field}[{i}] must be text, found {text!r}; write words, in quotes")
         if not isinstance(heldout, bool):
@@ -150,23 +147,24 @@ def _entries(value, path, field):
 
 def _expand(path, target, entry, levels):
     """All phrasings of one target: its fixed one, then per level the listed and the grammar's."""
-    here = f"targets.{target}"
-    _mapping(entry, path, here, ("fixed", "nouns", "exclusions", "phrasings"))
-    fixed = entry.get("fixed")
+    here = f"{path}: targets.{target}"
+    _mapping(entry, path, f"targets.{target}", ("fixed", "nouns", "exclusions", "phrasings"))
+    fixed, listed = entry.get("fixed"), entry.get("phrasings", {})
     if not isinstance(fixed, str) or not fixed.strip():
-        raise BankError(f"{path}: {here}.fixed is missing; give the target's one canonical phrasing as text")
-    if "phrasings" not in entry and not ("nouns" in entry and levels):
-        raise BankError(f"{path}: {here} has no phrasings; add 'phrasings', or 'nouns' and 'levels'")
-    literal = _mapping(entry.get("phrasings", {}), path, f"{here}.phrasings", LEVELS)
+        raise BankError(f"{here}.fixed is missing; give the target's one canonical phrasing as text")
+    _mapping(listed, path, f"targets.{target}.phrasings", LEVELS)
     found = []
     for level in LEVELS:
-        listed = _entries(literal[level], path, f"{here}.phrasings.{level}") if level in literal else []
-        found += [Phrasing(text, target, level, SPLITS[heldout], "", text) for text, heldout in listed]
+        if level in listed:
+            for text, heldout in _entries(listed[level], path, f"targets.{target}.phrasings.{level}"):
+                found.append(Phrasing(text, target, level, SPLITS[heldout], "", text))
         if level in levels and "nouns" in entry:
             found += _fill_templates(path, target, entry, level, levels[level])
+    if not found:
+        raise BankError(f"{here} has no phrasings; add 'phrasings', or 'nouns' and 'levels'")
     same = [p for p in found if p.text == fixed] or [Phrasing(fixed, target, "low", "train", "", fixed)]
     if any((p.level, p.split) != ("low", "train") for p in same):
-        raise BankError(f"{path}: {here}.fixed {fixed!r} stands elsewhere; make it low and not held out")
+        raise BankError(f"{here}.fixed {fixed!r} stands elsewhere; make it low and not held out")
     return same + [p for p in found if p.text != fixed]
 
 
@@ -177,24 +175,23 @@ def _fill_templates(path, target, entry, level, grammar):
     every list within nouns x templates phrasings.
     """
     _mapping(grammar, path, f"levels.{level}", ("templates", "verbs", "places"))
-    templates = _entries(grammar.get("templates"), path, f"levels.{level}.templates")
-    words = {"noun": _entries(entry["nouns"], path, f"targets.{target}.nouns")}  # name -> [(text, heldout)]
-    for key, source in (("verbs", grammar), ("places", grammar), ("exclusions", entry)):
-        if key in source:
-            words[key[:-1]] = _entries(source[key], path, f"{key} of {level} {target}")
+    lists = {**grammar, **entry}
+    words = {}  # noun, verb, place, exclusion -> (how fast it turns, [(text, heldout)])
+    for pace, name in enumerate(("noun", "verb", "place", "exclusion")):
+        if f"{name}s" in lists:
+            words[name] = pace, _entries(lists[f"{name}s"], path, f"{name}s of {level} {target}")
     slot = re.compile("{(" + "|".join(words) + ")}")
     found = []
-    for j, (template, template_heldout) in enumerate(templates):
+    for j, (template, rare) in enumerate(_entries(grammar.get("templates"), path, f"levels.{level}.templates")):
         here = f"{path}: levels.{level}.templates[{j}] {template!r}"
         if re.search("[{}]", slot.sub("", template)):
             known = ", ".join(f"{{{name}}}" for name in words)
             raise BankError(f"{here} may use only {known} for '{target}'; correct it or add its list")
         if "{noun}" not in template:
             raise BankError(f"{here} lacks {{noun}}, so it names no target; add {{noun}}")
-        for i, (noun, _) in enumerate(words["noun"]):
-            turn = {"noun": i, "verb": i + j, "place": i + 2 * j, "exclusion": i + 3 * j}
-            picked = {name: options[turn[name] % len(options)] for name, options in words.items()}
+        for i, (noun, _) in enumerate(words["noun"][1]):
+            picked = {name: options[(i + pace * j) % len(options)] for name, (pace, options) in words.items()}
             text = slot.sub(lambda match, picked=picked: picked[match[1]][0], template)
-            heldout = template_heldout or any(picked[name][1] for name in slot.findall(template))
+            heldout = rare or any(picked[name][1] for name in slot.findall(template))
             found.append(Phrasing(text, target, level, SPLITS[heldout], noun, template))
     return found

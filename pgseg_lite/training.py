@@ -161,11 +161,11 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     processes = int(os.environ.get("WORLD_SIZE", 1))
     views = settings.steps * settings.batch_size * settings.accumulation * processes
     dataset = GroupDataset(data, bank, settings, views)
+    args = training_arguments(output, settings, device)
     checkpoint = prepare_output(output, describe_run(data, bank, settings, processes), resume)
 
     torch.manual_seed(settings.seed)
     model = (model or LiteSegmenter()).train()
-    args = training_arguments(output, settings, device)
     table = load_text_encoder().encode(dataset.texts)  # [N, 384]
     trainer = PromptGroupTrainer(
         model, args, Collator(table), dataset, loss=loss, texts=dataset.texts,
@@ -186,6 +186,8 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
 
 
 def training_arguments(output, settings, device=None):
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is cuda, but PyTorch finds no GPU here; use cpu")
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = best_precision(use_cpu) if settings.precision == "auto" else settings.precision
     if precision == "fp16" and use_cpu:
@@ -212,12 +214,12 @@ def best_precision(use_cpu):
 
 
 def describe_run(data, bank, settings, processes):
-    manifest = {name: value for name, value in data.manifest().items() if name != "ids"}
-    return {
-        "settings": asdict(settings) | {"levels": list(settings.levels)},
+    """Everything that must be equal for a run to be the same run, one flat entry each."""
+    settings = asdict(settings) | {"levels": list(settings.levels)}
+    return settings | {
         "processes": processes,
-        "data": manifest,
-        "bank": {"name": bank.name, "digest": bank.digest},
+        "data": f"{data.name} {data.digest}",
+        "bank": f"{bank.name} {bank.digest}",
     }
 
 
@@ -230,10 +232,11 @@ def prepare_output(output, run, resume):
         if not resume:
             raise SettingsError(f"{output} already holds a run; resume it, or choose another output folder")
         stored = json.loads(record.read_text())
-        for part in run:
-            if stored.get(part) != run[part]:
-                was, now = difference(stored.get(part), run[part])
-                raise SettingsError(f"{record}: cannot resume, {part} was {was} and is now {now}; use the same")
+        changed = [
+            f"{name} was {stored.get(name)} and is now {run[name]}" for name in run if stored.get(name) != run[name]
+        ]
+        if changed:
+            raise SettingsError(f"{record}: cannot resume, {changed[0]}; use the same")
         return newest_whole_checkpoint(output)
     if resume:
         raise SettingsError(f"{output}: there is no run to resume here; start one without resume")
@@ -242,14 +245,6 @@ def prepare_output(output, run, resume):
     partial.write_text(json.dumps(run, indent=2) + "\n")
     os.replace(partial, record)
     return None
-
-
-def difference(was, now):
-    """The first entries that differ, for a message."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        name = next(name for name in now if was.get(name) != now[name])
-        return f"{name}={was.get(name)}", f"{name}={now[name]}"
-    return was, now
 
 
 def newest_whole_checkpoint(output):

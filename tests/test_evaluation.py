@@ -122,7 +122,7 @@ def test_intervals_hold_tiles_of_one_image_together():
 
 
 def test_lite_encodes_each_image_and_each_phrasing_once(bank, monkeypatch):
-    model = LiteSegmenter(LiteConfig(widths=(8, 16), dim=8, text_hidden=16)).eval()
+    model = LiteSegmenter(LiteConfig(widths=[8, 16], dim=8, text_hidden=16)).eval()
     images, texts = [], []
     encode_image, encode_text = model.encode_image, model.encode_text
     monkeypatch.setattr(model, "encode_image", lambda image: images.append(1) or encode_image(image))
@@ -136,7 +136,7 @@ def test_lite_encodes_each_image_and_each_phrasing_once(bank, monkeypatch):
 def test_records_agree_with_predict(bank):
     """The packed, chunked path gives what plain masks and a plain formula give."""
     torch.manual_seed(3)
-    model = LiteSegmenter(LiteConfig(widths=(8, 16), dim=8, text_hidden=16)).eval()
+    model = LiteSegmenter(LiteConfig(widths=[8, 16], dim=8, text_hidden=16)).eval()
     data = pg.load_dataset("synthetic", split="test", size=1)
     data.targets = ("all",)
     records = pg.evaluate(model, data, bank, levels=("low",), split="train", quiet=True)

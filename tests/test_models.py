@@ -16,7 +16,7 @@ from pgseg_lite.models.base import aggregate
 from pgseg_lite.models.lite import LiteConfig, LiteSegmenter
 from pgseg_lite.models.text import TextEncoder, check_hash, find_encoder
 
-SMALL = LiteConfig(widths=(8, 16), dim=8, text_hidden=16)
+SMALL = LiteConfig(widths=[8, 16], dim=8, text_hidden=16)
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def test_seeds_splits_and_sizes():
 def test_instances_and_classes_agree(samples):
     for seed in range(8):
         image, instances, classes = paint(seed)
+        assert image.flags.writeable
         assert (image.dtype, instances.dtype, classes.dtype) == (np.uint8, np.int32, np.uint8)
         assert ((instances > 0) == (classes > 0)).all() and classes.max() <= 5
         ids, sizes = np.unique(instances[instances > 0], return_counts=True)
@@ -88,9 +89,7 @@ def test_classes_differ_as_documented(nuclei):
     assert area["neoplastic"] > 1.3 * area["epithelial"] > 1.3 * area["inflammatory"]
     assert area["dead"] < area["inflammatory"]
     assert axes["connective"] > 2 > 1.2 * max(v for name, v in axes.items() if name != "connective")
-    assert (
-        grey["dead"] < grey["inflammatory"] < min(grey["neoplastic"], grey["epithelial"], grey["connective"])
-    )
+    assert grey["dead"] < grey["inflammatory"] < min(grey["neoplastic"], grey["epithelial"], grey["connective"])
     spread = {name: v[:, 0].std() / v[:, 0].mean() for name, v in nuclei.items()}
     assert spread["neoplastic"] > 1.5 * spread["epithelial"]  # pleomorphic against regular
 
@@ -126,10 +125,7 @@ def test_looks_like_consep(real_data, samples):
     """Mean colours of nuclei and of the rest lie within 40 grey levels of the real tiles'."""
     real = load_dataset("consep", root=real_data / "CoNSeP", split="train", tile=None, fraction=0.2)
     for nucleus in (True, False):
-        of = [
-            np.concatenate([s.image[s.masks["all"] == nucleus] for s in group]).mean(0)
-            for group in (samples, real)
-        ]
+        of = [np.concatenate([s.image[s.masks["all"] == nucleus] for s in group]).mean(0) for group in (samples, real)]
         assert (abs(of[0] - of[1]) < 40).all(), of
 
 

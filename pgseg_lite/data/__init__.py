@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
@@ -12,7 +11,7 @@ from .official import open_official
 from .own import open_coco, open_folder
 from .pannuke import open_pannuke
 
-__all__ = ["READERS", "Dataset", "Reader", "Sample", "describe_datasets", "load_dataset"]
+__all__ = ["READERS", "Dataset", "Sample", "describe_datasets", "load_dataset"]
 
 
 class Reader(NamedTuple):
@@ -48,13 +47,11 @@ READERS = {
 
 def describe_datasets() -> str:
     """A line for each dataset: its name, splits, official folder, what it is and its options."""
-    rows = [("name", "splits", "folder", "")]
+    lines = [f"{'name':<10} {'splits':<26} folder"]
     for name, (_, folder, splits, about, options) in READERS.items():
-        extra = f"; options {', '.join(options)}" * bool(options)
-        rows.append((name, " ".join(splits or ("all, or subfolders",)), folder or "-", about + extra))
-    return "\n".join(
-        f"{name:<10} {splits:<26} {folder:<10} {about}".rstrip() for name, splits, folder, about in rows
-    )
+        extra = f"; options {', '.join(options)}" if options else ""
+        lines.append(f"{name:<10} {' '.join(splits or ['all, or subfolders']):<26} {folder or '-':<10} {about}{extra}")
+    return "\n".join(lines)
 
 
 def load_dataset(name, root=None, split="train", fraction=1.0, seed=0, tile=256, **options) -> Dataset:
@@ -70,17 +67,14 @@ def load_dataset(name, root=None, split="train", fraction=1.0, seed=0, tile=256,
         raise DataError(f"{name} has no option {option!r}; it has: {', '.join(reader.options) or 'none'}")
     if reader.splits and split not in reader.splits:
         raise DataError(f"{name} has no split {split!r}; choose one of {', '.join(reader.splits)}")
-    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction <= 1:
+    if not isinstance(fraction, Real) or not 0 < fraction <= 1:
         raise DataError(f"fraction is {fraction!r}; give a number above 0 and up to 1")
-    for what, value, least in (("seed", seed, 0), ("tile", 1 if tile is None else tile, 1)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise DataError(f"{what} is {value!r}; give a whole number of at least {least}")
+    if tile is not None and (not isinstance(tile, Integral) or tile < 1):
+        raise DataError(f"tile is {tile!r}; give a whole number of at least 1")
     if name == "synthetic" and root is not None:
         raise DataError(f"synthetic paints its images and reads nothing from {root}; leave root away")
     if name != "synthetic" and not (options.get("hub") and root is None):
         root = find_root(name, reader.folder, root)
     source = reader.open(name, root, split, **{**reader.options, **options})
     changed = {option: value for option, value in options.items() if value != reader.options[option]}
-    if "annotations" in changed:  # the name, not the path: a digest must not hang on where files lie
-        changed["annotations"] = Path(changed["annotations"]).name
     return Dataset(source, split, tile and int(tile), float(fraction), int(seed), changed)

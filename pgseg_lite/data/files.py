@@ -9,9 +9,39 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from .dataset import Sample
 
 MASKS = (".png", ".tif", ".tiff", ".bmp")  # no .jpg: its compression invents labels
 IMAGES = (*MASKS, ".jpg", ".jpeg")
+
+
+class FileSource:
+    """Image files, each with its labels; `decode(labels, image path, (H, W))` gives (masks, instances or None)."""
+
+    def __init__(self, name: str, targets: tuple[str, ...], files: dict[str, tuple], decode):
+        self.name, self.targets, self.decode = name, targets, decode
+        self.ids = files  # id -> (image path, labels)
+
+    def shape(self, id: str) -> tuple[int, int]:
+        with opened(self.ids[id][0]) as image:
+            return image.height, image.width
+
+    def read(self, id: str) -> Sample:
+        path, labels = self.ids[id]
+        image = read_image(path)  # [H, W, 3]
+        masks, instances = self.decode(labels, path, image.shape[:2])
+        return Sample(image, {target: masks[target] for target in self.targets}, id, self.name, instances)
+
+
+def layer(shape, targets, nuclei) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(masks, instances) from (target, bool [H, W]) of each nucleus. Where two overlap, the masks keep both and the
+    instance map the first."""
+    masks, instances = {target: np.zeros(shape, bool) for target in targets}, np.zeros(shape, np.int32)
+    for number, (target, mask) in enumerate(nuclei, start=1):
+        masks[target] |= mask
+        masks["all"] |= mask
+        instances[mask & (instances == 0)] = number
+    return masks, instances
 
 
 def natural(text) -> list:
@@ -41,10 +71,10 @@ def subfolder(root: Path, path: str) -> Path:
     """root/path, where each name may be in upper or lower case."""
     here = root
     for name in path.split("/"):
-        same = [p for p in here.iterdir() if p.is_dir() and p.name.casefold() == name.casefold()]
+        same = [p for p in sorted(here.iterdir()) if p.is_dir() and p.name.casefold() == name.casefold()]
         if not same:
             raise DataError(f"{root}: looked for {path}, but {here.name} holds {listing(here)}; correct root")
-        here = min(same, key=lambda p: p.name != name)  # the exact name first
+        here = same[0]
     return here
 
 
@@ -64,10 +94,9 @@ def pair_up(images: Path, labels: Path, suffixes: tuple[str, ...]) -> dict[str, 
     pictures, found = by_stem(images, IMAGES), by_stem(labels, suffixes)
     if not pictures:
         raise DataError(f"{images}: looked for png, tif, jpg or bmp and found {listing(images)}; add images")
-    missing = [path for stem, path in pictures.items() if stem not in found]
-    if missing:
-        what = missing[0].stem + suffixes[0] + f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
-        raise DataError(f"{labels}: no {what} for the image {missing[0].name}; add it or drop the image")
+    for stem, path in pictures.items():
+        if stem not in found:
+            raise DataError(f"{labels}: no {stem}{suffixes[0]} for the image {path.name}; add it or drop the image")
     return {stem: (path, found[stem]) for stem, path in pictures.items()}
 
 
@@ -82,34 +111,28 @@ def opened(path: Path):
         raise DataError(f"{path}: no readable image ({error}); fetch or export it again") from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the header alone."""
-    with opened(path) as image:
-        return image.height, image.width
-
-
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]. Grey and palette images become RGB and an opaque alpha channel is dropped; more than
-    8 bits (which range is black to white?) and transparency (over which background?) are refused."""
+    """uint8 [H, W, 3]. Grey and palette images become RGB and an opaque alpha channel is dropped; more than 8 bits
+    (which range is black to white?) and transparency (over which background?) are refused."""
     with opened(path) as image:
         # PIL turns 16-bit colour into 8 without a word: only its raw mode, or TIFF's BitsPerSample, shows it
         bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))
-        deep = image.mode[0] in "IF" or ";16" in str(image.tile) or bits > 8
-        if deep or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-            what = "more than 8 bits a channel" if deep else f"colours are stored as {image.mode}"
-            raise DataError(f"{path}: {what}; save it as 8-bit RGB, scaled as it should look")
-        if image.mode.endswith("A") or "transparency" in image.info:
-            clear = np.mean(np.asarray(image.convert("RGBA"))[..., 3] < 255)
-            if clear:
-                raise DataError(f"{path}: {clear:.1%} of its pixels are transparent; save it without alpha")
-        return np.array(image.convert("RGB"))
+        if image.mode[0] in "IF" or ";16" in str(image.tile) or bits > 8:
+            raise DataError(f"{path}: more than 8 bits a channel; save it as 8-bit RGB, scaled as it should look")
+        rgba = np.asarray(image.convert("RGBA"))  # [H, W, 4]
+    clear = np.mean(rgba[..., 3] < 255)
+    if clear:
+        raise DataError(f"{path}: {clear:.1%} of its pixels are transparent; save it without alpha")
+    return np.ascontiguousarray(rgba[..., :3])
 
 
-def read_labels(path: Path, image: Path, shape: tuple[int, int], grey=False) -> np.ndarray:
-    """int32 [H, W] of a mask or label map: 0 is background. Palette files give their indices; `grey` gives
-    the luminance of files whose colours have a meaning."""
+def read_labels(path: Path, image: Path, shape: tuple[int, int], key="inst_map") -> np.ndarray:
+    """int32 [H, W] of a label map, 0 is background: `key` of a MATLAB file, or an image file (of a palette its
+    indices)."""
+    if path.suffix == ".mat":
+        return as_labels(read_mat(path, key), f"{path}: {key}", image, shape)
     with opened(path) as file:
-        pixels = np.array(file.convert("L") if grey else file)  # [H, W] or [H, W, C]
+        pixels = np.array(file)  # [H, W] or [H, W, C]
     if pixels.ndim == 3:
         if not (pixels[..., :3] == pixels[..., :1]).all():
             raise DataError(f"{path}: a mask in colour; save it as grey, one number a pixel")
@@ -117,21 +140,17 @@ def read_labels(path: Path, image: Path, shape: tuple[int, int], grey=False) -> 
     return as_labels(pixels, f"{path}: mask", image, shape)
 
 
-def read_mat(path: Path, image: Path, shape: tuple[int, int], keys: tuple[str, ...]) -> list[np.ndarray]:
-    """The named label maps of a MATLAB file, each int32 [H, W]."""
-    from scipy.io import loadmat
+def read_mat(path: Path, key: str) -> np.ndarray:
+    from scipy.io import loadmat, whosmat
 
     try:
-        content = loadmat(path)
-    except NotImplementedError:
-        raise DataError(f"{path}: a MATLAB 7.3 (HDF5) file; save it again with -v7") from None
+        content = loadmat(path, variable_names=[key])
     except Exception as error:  # scipy raises another class for each kind of damage
-        raise DataError(f"{path}: no readable MATLAB file ({error}); fetch it again") from error
-    for key in keys:
-        if key not in content:
-            held = ", ".join(name for name in content if name[:2] != "__") or "nothing"
-            raise DataError(f"{path}: no {key!r} in it, it holds {held}; fetch the official labels again")
-    return [as_labels(content[key], f"{path}: {key}", image, shape) for key in keys]
+        raise DataError(f"{path}: no readable MATLAB file ({error}); fetch it again, or save it with -v7") from error
+    if key not in content:
+        held = ", ".join(name for name, *_ in whosmat(path))
+        raise DataError(f"{path}: no {key!r} in it, it holds {held}; fetch the official labels again")
+    return content[key]
 
 
 def as_labels(array: np.ndarray, what: str, image: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -1,41 +1,38 @@
 """Your own data: `folder` (images beside masks that are images) and `coco` (images and one JSON).
 
-folder: `images/*`, and masks of the same name in `masks/*.png` (all nuclei), `masks/CATEGORY/*.png`, or both;
-  "all" is the union. A mask is binary or a label map; zero is background, and an image without nuclei of a
-  category still needs its empty mask. That is the split "all"; others are `SPLIT/images` with `SPLIT/masks`.
-coco: the only *.json in root, or `annotations=` (a path, or a name in root); one split, "all". `categories`
-  become the targets, "all" is the union. Images are sought at root/file_name, then root/images/file_name. A
-  `segmentation` is a list of polygons or a run-length code, plain or compressed. A pixel belongs to a polygon
-  when its centre does. Crowd regions count too.
+folder: `images/*`, and masks of the same name in `masks/*.png` (all nuclei), `masks/CATEGORY/*.png`, or both; "all" is
+  the union. A mask is binary or a label map; zero is background, and an image without nuclei of a category still needs
+  its empty mask. That is the split "all"; others are `SPLIT/images` with `SPLIT/masks`.
+coco: the only *.json in root, or `annotations=`, its path in root; one split, "all". `categories` become the targets,
+  "all" is the union. Images are sought at root/file_name, then root/images/file_name. A `segmentation` is a list of
+  polygons (a pixel belongs when its centre does) or a run-length code, plain or compressed. Crowd regions count too.
 """
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ..errors import DataError
-from .dataset import Source, layer
-from .files import MASKS, by_stem, image_size, listing, natural, pair_up, read_image, read_labels
-from .official import paired
+from .files import MASKS, FileSource, by_stem, layer, listing, natural, pair_up, read_labels
 
 
-def open_folder(name: str, root: Path, split: str) -> Source:
+def open_folder(name: str, root: Path, split: str) -> FileSource:
     here = root if split == "all" else root / split
     if not (here / "images").is_dir() or not (here / "masks").is_dir():
         splits = ["all"] * (root / "images").is_dir() + sorted(p.parent.name for p in root.glob("*/images"))
         held, known = listing(here) if here.is_dir() else "no such folder", ", ".join(splits) or "none"
         raise DataError(f"{here}: looked for images and masks, found {held}; splits in root: {known}")
     layers = {"all": here / "masks"} if by_stem(here / "masks", MASKS) else {}
-    inside = [p for p in (here / "masks").iterdir() if p.is_dir() and p.name[0] != "."]
-    layers |= {p.name: p for p in sorted(inside, key=natural)}
+    layers |= {p.name: p for p in sorted(here.glob("masks/[!.]*"), key=natural) if p.is_dir()}
     if not layers:
         raise DataError(f"{here / 'masks'}: looked for masks ({', '.join(MASKS)}) and found none; add them")
     found = {target: pair_up(here / "images", folder, MASKS) for target, folder in layers.items()}
-    first = next(iter(found.values()))
-    pairs = {name: (first[name][0], {target: found[target][name][1] for target in found}) for name in first}
-    return paired(name, ("all", *(t for t in layers if t != "all")), pairs, decode_folder)
+    images = next(iter(found.values()))  # the same in each
+    files = {id: (images[id][0], {target: found[target][id][1] for target in found}) for id in images}
+    return FileSource(name, tuple(dict.fromkeys(["all", *layers])), files, decode_folder)
 
 
 def decode_folder(paths: dict[str, Path], image: Path, shape):
@@ -46,48 +43,40 @@ def decode_folder(paths: dict[str, Path], image: Path, shape):
     return masks, nuclei if nuclei is not None and np.unique(nuclei[nuclei > 0]).size > 1 else None
 
 
-def open_coco(name: str, root: Path, split: str, annotations) -> Source:
-    jsons = sorted(root.glob("*.json")) if annotations is None else [root / annotations]
+def open_coco(name: str, root: Path, split: str, annotations) -> FileSource:
+    jsons = [root / annotations] if annotations else list(root.glob("*.json"))
     if len(jsons) != 1:
         raise DataError(f"{root}: looked for one *.json and found {listing(root)}; pass annotations=")
-    path, drawn, items = jsons[0], defaultdict(list), {}  # drawn: image id -> [(where, target, segmentation)]
+    path, drawn, files = jsons[0], defaultdict(list), {}  # drawn: image id -> [(where, target, segmentation)]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        files = {i["id"]: (str(i["file_name"]), (i["height"], i["width"])) for i in content["images"]}
+        images = {i["id"]: (str(i["file_name"]), (i["height"], i["width"])) for i in content["images"]}
         names = {c["id"]: str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
         for a in content["annotations"]:
             where = f"{path}: annotation {a['id']}"
-            if a["image_id"] not in files or a["category_id"] not in names:
+            if a["image_id"] not in images or a["category_id"] not in names:
                 raise DataError(f"{where} has an image_id or category_id that is not listed; export it again")
             drawn[a["image_id"]].append((where, names[a["category_id"]], a["segmentation"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: no usable COCO ({why}); export it with segmentations") from error
     targets = ("all", *names.values())
-    if not files or len(set(targets)) < len(targets):
+    if not images or len(set(targets)) < len(targets):
         raise DataError(f"{path}: no image, a category twice, or one called 'all'; correct it")
-    for number, (file, size) in sorted(files.items(), key=lambda item: natural(item[1][0])):
-        sample, here = str(PurePosixPath(file).with_suffix("")), root / file
-        here = here if here.is_file() else root / "images" / file
-        if sample in items or not here.is_file():
-            why = "is listed twice" if sample in items else "is neither in root nor in its folder images"
-            raise DataError(f"{path}: the image {file} {why}; correct the names")
-        items[sample] = (here, size, targets, drawn[number])
-    return Source(name, targets, items, coco_size, coco_load)
+    for number, (file, size) in sorted(images.items(), key=lambda item: natural(item[1][0])):
+        here = next((place for place in (root / file, root / "images" / file) if place.is_file()), None)
+        if here is None:
+            raise DataError(f"{path}: the image {file} is neither in root nor in its folder images; correct the names")
+        files[str(PurePosixPath(file).with_suffix(""))] = (here, (size, drawn[number]))
+    return FileSource(name, targets, files, partial(decode_coco, targets))
 
 
-def coco_size(item):
-    path, said, *_ = item
-    if image_size(path) != said:
-        here, there = (f"{width} x {height}" for height, width in (image_size(path), said))
-        raise DataError(f"{path}: is {here} but its entry in the JSON says {there}; export it again")
-    return said
-
-
-def coco_load(item):
-    (path, _, targets, drawn), (height, width) = item, coco_size(item)
-    nuclei = ((target, decode(code, height, width, where)) for where, target, code in drawn)
-    return read_image(path), *layer((height, width), targets, nuclei)
+def decode_coco(targets, labels, image: Path, shape):
+    said, drawn = labels
+    if said != shape:
+        here, there = (f"{width} x {height}" for height, width in (shape, said))
+        raise DataError(f"{image}: is {here} but its entry in the JSON says {there}; export it again")
+    return layer(shape, targets, ((target, decode(code, *shape, where)) for where, target, code in drawn))
 
 
 def decode(segmentation, height: int, width: int, where: str) -> np.ndarray:
@@ -121,8 +110,8 @@ def fill(mask: np.ndarray, points: np.ndarray) -> None:
 
 
 def decode_counts(text: str) -> list[int]:
-    """Runs of COCO's compressed form: 5 bits a character, low ones first, the sixth says that more follow;
-    from the fourth run on a number is the difference to the run two places before."""
+    """Runs of COCO's compressed form: 5 bits a character, low ones first, the sixth says that more follow; from the
+    fourth run on a number is the difference to the run two places before."""
     runs, value, shift = [], 0, 0
     for bits in (ord(character) - 48 for character in text):
         value |= (bits & 31) << shift

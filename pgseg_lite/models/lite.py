@@ -9,7 +9,7 @@ with 840 million parameters; this one trains from scratch in minutes.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from ..errors import ModelError
 from .base import SegmentationOutput, as_batch, check_prompts
 from .text import TextEncoder, load_text_encoder
 
+FILES = ["config.json", "model.safetensors"]
+
 
 @dataclass
 class LiteConfig:
-    widths: tuple = (48, 96, 128, 160)  # channels at 1/2, 1/4, 1/8, ... of the image
+    widths: list = field(default_factory=lambda: [48, 96, 128, 160])  # channels at 1/2, 1/4, 1/8, ... of the image
     dim: int = 32  # of pixel embeddings and queries
     text_hidden: int = 128
     text_dropout: float = 0.1  # on the sentence vector: keeps queries from memorising wordings
@@ -139,22 +141,23 @@ class LiteSegmenter(nn.Module):
         return self.query_head.hidden.weight.device
 
     def save_pretrained(self, folder, dtype=torch.float32):
-        """config.json and model.safetensors, as the hub expects them; float16 halves the file."""
+        """model.safetensors, then config.json, as the hub expects them; float16 halves the file."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
+        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
         config = {"model_type": "pgseg-lite", "text_encoder": TextEncoder.name, **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = {name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, checkpoint, device="cpu"):
         """From a folder that `save_pretrained` wrote, or the name of such a repository on the hub."""
         folder = checkpoint_folder(checkpoint)
         model = cls(read_config(folder / "config.json"))
-        model.load_state_dict(read_weights(folder / "model.safetensors", model))
+        model.load_state_dict(read_weights(folder / "model.safetensors", model.state_dict()))
         return model.to(device).eval()
 
 
@@ -166,7 +169,7 @@ def to_pixel_values(images):
 def checkpoint_folder(checkpoint):
     folder = Path(checkpoint)
     if folder.is_dir():
-        for name in ("config.json", "model.safetensors"):
+        for name in FILES:
             if not (folder / name).is_file():
                 raise ModelError(f"{folder}: not a checkpoint, {name} is missing; give a folder written by training")
         return folder
@@ -175,12 +178,10 @@ def checkpoint_folder(checkpoint):
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(checkpoint), allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(str(checkpoint), allow_patterns=FILES))
     except Exception as error:
-        raise ModelError(
-            f"{checkpoint}: neither a folder here nor a repository on the hub that can be reached "
-            f"({type(error).__name__}); check the name and the network"
-        ) from error
+        reason = f"neither a folder here nor a repository on the hub that can be reached ({type(error).__name__})"
+        raise ModelError(f"{checkpoint}: {reason}; check the name and the network") from error
 
 
 def read_config(path):
@@ -190,14 +191,15 @@ def read_config(path):
         raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
     if not isinstance(stored, dict) or stored.get("model_type") != "pgseg-lite":
         raise ModelError(f"{path}: model_type is not 'pgseg-lite', so this is another model's checkpoint")
-    known = {field.name for field in fields(LiteConfig)}
-    missing = sorted(known - stored.keys())
-    if missing:
-        raise ModelError(f"{path}: the field {missing[0]} is missing; restore the file")
-    return LiteConfig(**{name: tuple(v) if isinstance(v := stored[name], list) else v for name in known})
+    known = [field.name for field in fields(LiteConfig)]
+    for name in known:
+        if name not in stored:
+            raise ModelError(f"{path}: the field {name} is missing; restore the file")
+    return LiteConfig(**{name: stored[name] for name in known})
 
 
-def read_weights(path, model):
+def read_weights(path, expected):
+    """The tensors of a checkpoint as float32, each of the shape that `expected`, a state dict, has."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -205,13 +207,12 @@ def read_weights(path, model):
         state = load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path}: damaged weights ({error}); copy the checkpoint again") from error
-    for name, tensor in model.state_dict().items():
+    for name, tensor in expected.items():
         if name not in state:
             raise ModelError(f"{path}: the tensor {name} is missing; this is not a checkpoint of this model")
         if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"{path}: {name} has shape {list(state[name].shape)}, config.json asks for {list(tensor.shape)}"
-            )
+            found, asked = list(state[name].shape), list(tensor.shape)
+            raise ModelError(f"{path}: {name} has shape {found}, config.json asks for {asked}")
         if not torch.isfinite(state[name]).all():
             raise ModelError(f"{path}: {name} holds NaN or infinity; the training that wrote it had failed")
-    return {name: state[name].float() for name in model.state_dict()}
+    return {name: state[name].float() for name in expected}

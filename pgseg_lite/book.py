@@ -1,0 +1,154 @@
+"""The book's machinery: keep each notebook's pair equal, run the notebooks, build the pages.
+
+A chapter is two files: NAME.md (MyST) is what people edit and review, NAME.ipynb carries the outputs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
+from multiprocessing import get_context
+from pathlib import Path
+
+from .errors import PgsegError
+
+STAGED = ("_config.yml", "_toc.yml", "book", "notebooks", "pgseg_lite", "results")  # what a page may include
+EXTRA_PAGES = {"index", "genindex", "search"}  # Sphinx adds these; index only redirects to the root page
+
+
+class AltText:
+    """A MyST-NB plug-in: an image keeps the alt text that its output's metadata holds."""
+
+    mime_priority_overrides = ()
+
+    @staticmethod
+    def handle_mime(renderer, data, inline):
+        if not (alt := data.output_metadata.get(data.mime_type, {}).get("alt")):
+            return None  # not ours: MyST-NB renders it
+        (image,) = renderer.render_image(data)
+        image["alt"] = alt
+        return [image]
+
+
+def chapters(folder="notebooks") -> list[Path]:
+    """The .ipynb path of every chapter, also of one that has only its .md so far."""
+    return sorted({p.with_suffix(".ipynb") for s in ("ipynb", "md") for p in Path(folder).glob(f"*.{s}")})
+
+
+def read(path: Path):
+    import jupytext
+
+    return jupytext.read(path, fmt="md:myst" if path.suffix == ".md" else "ipynb")
+
+
+def write(nb, path: Path) -> None:
+    """Keep only the metadata that matters: two runs of a notebook then differ in their outputs alone."""
+    import nbformat
+
+    for cell in nb.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if v and k not in ("papermill", "execution")}
+    widgets = {k: v for k, v in nb.metadata.items() if k == "widgets" and v}  # the state that pages hydrate from
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nb.update(metadata={"kernelspec": kernel, "language_info": {"name": "python"}, **widgets}, nbformat_minor=5)
+    nbformat.write(nbformat.from_dict(nb), path)
+
+
+def cells(path: Path) -> list[tuple]:
+    return [(c.cell_type, c.source.strip(), sorted(c.metadata.get("tags", []))) for c in read(path).cells]
+
+
+def check_pairs(notebooks: list[Path]) -> list[str]:
+    """One sentence for each pair whose cells differ in type, source or tags; timestamps say nothing."""
+    problems = []
+    for path in notebooks:
+        pair = (path.with_suffix(".md"), path)
+        if missing := [half for half in pair if not half.exists()]:
+            problems.append(f"{missing[0]} is missing; `pgseg book sync` makes the .ipynb from the .md")
+        elif (both := [*map(cells, pair)])[0] != both[1]:
+            number = next(n for n, (a, b) in enumerate(zip_longest(*both), 1) if a != b)
+            problems.append(f"{path}: cell {number} is not that of the .md; run `pgseg book sync`")
+    return problems
+
+
+def sync(notebook: Path) -> None:
+    """Write the .ipynb anew from its .md; a cell whose source is unchanged keeps its id and outputs."""
+    new, kept = read(notebook.with_suffix(".md")), {}
+    for cell in read(notebook).cells if notebook.exists() else ():
+        kept.setdefault((cell.cell_type, cell.source.strip()), []).append(cell)
+    for cell in new.cells:
+        if old := kept.get((cell.cell_type, cell.source.strip())):
+            cell.update({k: v for k, v in old.pop(0).items() if k in ("id", "outputs", "execution_count")})
+    write(new, notebook)
+
+
+def run(notebook: Path, target: Path, profile: str) -> tuple[str, float, str]:
+    """One notebook, in a process of its own; what kernels say outside the cells goes to NAME.log."""
+    import papermill
+
+    os.dup2(os.open(target.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    start, error = time.perf_counter(), ""
+    parameters = {} if profile == "lite" else {"PROFILE": profile}  # lite is what the cell itself says
+    options = dict(kernel_name="python3", progress_bar=False, coalesce_streams=True, cwd=target.parent)
+    options["execution_timeout"] = None if profile == "full" else 1800  # seconds a cell
+    try:
+        papermill.execute_notebook(notebook, target, parameters, **options)
+    except Exception as exc:
+        said = f"{getattr(exc, 'ename', type(exc).__name__)}: {getattr(exc, 'evalue', exc)}"
+        error = f"{notebook.name}: {said}; the cell and its traceback are in {target}"
+    return notebook.name, time.perf_counter() - start, error
+
+
+def execute(notebooks: list[Path], profile="lite", output="_build/executed", jobs=1, keep=False) -> None:
+    """Run the notebooks into `output`, `jobs` at a time; `keep` also stores the outputs in the sources."""
+    problems = check_pairs(notebooks)
+    if keep and profile != "lite":
+        problems.append(f"only outputs of the lite profile are kept, not those of {profile}; leave keep out")
+    if problems:
+        raise PgsegError("\n".join(problems))
+    shutil.rmtree(output := Path(output).resolve(), ignore_errors=True)
+    output.mkdir(parents=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        runs = [pool.submit(run, path.resolve(), output / path.name, profile) for path in notebooks]
+        for name, seconds, _ in (done.result() for done in runs):
+            print(f"  {name:40} {seconds:7.1f} s", flush=True)
+    if errors := [done.result()[2] for done in runs if done.result()[2]]:
+        raise PgsegError("\n".join(errors))
+    for path in notebooks:
+        write(read(output / path.name), path if keep else output / path.name)
+
+
+def build(source=".", output=None, executed=None) -> Path:
+    """Build the HTML with warnings as errors, from a copy in which `executed` notebooks can stand in."""
+    source = Path(source).resolve()
+    built = Path(output or source).resolve() / "_build"
+    stage, html, log = built / "stage", built / "html", built / "book.log"
+    for folder in (stage, html, built / ".doctrees", built / "jupyter_execute"):
+        shutil.rmtree(folder, ignore_errors=True)
+    stage.mkdir(parents=True)
+    for path in filter(Path.exists, (source / name for name in STAGED)):
+        shutil.copytree(path, stage / path.name) if path.is_dir() else shutil.copy(path, stage)
+    for path in Path(executed).glob("*.ipynb") if executed else ():
+        shutil.copy(path, stage / "notebooks")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", stage, "--path-output", built.parent]
+    with log.open("w") as out:
+        failed = subprocess.run([*command, "-W", "-n", "--keep-going"], stdout=out, stderr=out).returncode
+    if failed:
+        said = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
+        raise PgsegError("\n".join([f"the book does not build without warnings; {log} says more", *said]))
+    page_count(html, source)
+    return html
+
+
+def page_count(html: Path, source=".") -> int:
+    """The number of pages, once it is sure that they are those of _toc.yml and no others."""
+    from sphinx_external_toc.parsing import parse_toc_yaml
+
+    wanted = set(parse_toc_yaml(Path(source) / "_toc.yml"))
+    found = {path.relative_to(html).with_suffix("").as_posix() for path in html.glob("[!_]*/**/*.html")}
+    if wanted != (found := found | {path.stem for path in html.glob("*.html")} - EXTRA_PAGES):
+        raise PgsegError(f"the pages in {html} are not those of _toc.yml; they differ in {wanted ^ found}")
+    return len(wanted)
