@@ -9,7 +9,7 @@ READY   := .venv/.installed
 stage = @start=$$(date +%s); printf '==> %s\n' '$(1)'; $(2) && printf '    %s took %s s\n' '$(1)' "$$(($$(date +%s) - start))"
 
 .DEFAULT_GOAL := help
-.PHONY: help book test format sync lock colab-check bench clean
+.PHONY: help book test format sync lock colab-check checkpoints measure bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ colab-check: $(READY)  ## ask a resolver whether pyproject.toml fits what Colab 
 	uv pip compile --quiet --no-header --no-annotate --system-certs --python-version 3.13 \
 	    --constraint constraints-colab.txt pyproject.toml > _build/colab.txt
 	@echo "Colab's versions satisfy pyproject.toml on Python 3.13; the resolution is in _build/colab.txt"
+
+checkpoints: $(READY)  ## train the two small checkpoints that ship in the package
+	python benchmarks/make_checkpoints.py
+
+measure: $(READY)  ## measure lite on CoNSeP (needs PGSEG_DATA) and store the table in results/
+	python benchmarks/measure_consep.py
 
 bench: $(READY)  ## time the pieces side by side
 	for script in benchmarks/bench_*.py; do python "$$script" || exit 1; done

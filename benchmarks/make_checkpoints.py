@@ -15,8 +15,8 @@ import pgseg_lite as pg
 from pgseg_lite.models import CHECKPOINTS
 from pgseg_lite.results import stamp
 
-COMMON = pg.TrainSettings(steps=1200, view=192, save_every=100)
-WORDINGS = {"fixed": dict(wording="fixed", k=1), "group": {}}
+COMMON = pg.TrainSettings(steps=1200, view=192, save_every=200)
+WORDINGS = {"group": {}, "fixed": dict(wording="fixed", k=1)}
 RUNS = Path("_build/checkpoints")
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,11 +26,11 @@ class AltText:
 
     @staticmethod
     def handle_mime(renderer, data, inline):
-        if not (alt := data.output_metadata.get(data.mime_type, {}).get("alt")):
-            return None  # not ours: MyST-NB renders it
-        (image,) = renderer.render_image(data)
-        image["alt"] = alt
-        return [image]
+        if alt := data.output_metadata.get(data.mime_type, {}).get("alt"):
+            (image,) = renderer.render_image(data)
+            image["alt"] = alt
+            return [image]
+        return None  # not ours: MyST-NB renders it
 
 
 def chapters(folder="notebooks") -> list[Path]:
@@ -91,8 +91,7 @@ def run(notebook: Path, target: Path, profile: str) -> tuple[str, float, str]:
     os.dup2(os.open(target.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     start, error = time.perf_counter(), ""
     parameters = {} if profile == "lite" else {"PROFILE": profile}  # lite is what the cell itself says
-    options = dict(kernel_name="python3", progress_bar=False, coalesce_streams=True, cwd=target.parent)
-    options["execution_timeout"] = None if profile == "full" else 1800  # seconds a cell
+    options = {"kernel_name": "python3", "progress_bar": False, "coalesce_streams": True, "cwd": target.parent}
     try:
         papermill.execute_notebook(notebook, target, parameters, **options)
     except Exception as exc:
@@ -103,22 +102,22 @@ def run(notebook: Path, target: Path, profile: str) -> tuple[str, float, str]:
 
 def execute(notebooks: list[Path], profile="lite", output="_build/executed", jobs=1, keep=False) -> None:
     """Run the notebooks into `output`, `jobs` at a time; `keep` also stores the outputs in the sources."""
-    problems = check_pairs(notebooks)
     if keep and profile != "lite":
-        problems.append(f"only outputs of the lite profile are kept, not those of {profile}; leave keep out")
-    if problems:
+        raise PgsegError(f"only outputs of the lite profile are kept, not those of {profile}; leave keep out")
+    if problems := check_pairs(notebooks):
         raise PgsegError("\n".join(problems))
     shutil.rmtree(output := Path(output).resolve(), ignore_errors=True)
     output.mkdir(parents=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    targets = [output / path.name for path in notebooks]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        runs = [pool.submit(run, path.resolve(), output / path.name, profile) for path in notebooks]
-        for name, seconds, _ in (done.result() for done in runs):
+        for name, seconds, error in pool.map(run, notebooks, targets, repeat(profile)):
             print(f"  {name:40} {seconds:7.1f} s", flush=True)
-    if errors := [done.result()[2] for done in runs if done.result()[2]]:
-        raise PgsegError("\n".join(errors))
-    for path in notebooks:
-        write(read(output / path.name), path if keep else output / path.name)
+            problems += [error] * bool(error)
+    if problems:
+        raise PgsegError("\n".join(problems))
+    for path, target in zip(notebooks, targets, strict=True):
+        write(read(target), path if keep else target)
 
 
 def build(source=".", output=None, executed=None) -> Path:

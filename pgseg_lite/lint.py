@@ -16,35 +16,31 @@ MAX_CHARACTERS = 400  # past this it is a paragraph, not a phrasing
 NEAR_COSINE = 0.995  # for MiniLM, even "segment the nuclei" without its "the" is only at 0.93
 MARGIN = 0.1  # of a reader whose scores are 1 for the right target and 0 for the others
 
-# Table 3 of the paper made measurable; its own words are quoted. Of each level: the fewest and the most
-# words, the kinds of clause it may have, and the number of words below which it must have one of them.
+# Table 3 of the paper made measurable: the fewest and the most words of a level, the kinds of clause it may have, and
+# the number of words below which it must have one of them (a medium one as short as a low one is told by its place).
 LEVEL_RULES = {
-    # "short and underspecified ... a single verb and object": verb, article, a noun of four words
-    "low": (1, 6, (), 0),
-    # "paraphrasing or partial specification, including optional spatial context": when it is as short
-    # as a low one, the place is what sets it apart
-    "medium": (4, 13, ("spatial",), 7),
-    # "explicit and detailed ... spatial constraints, and occasional exclusion clauses": at least one
-    "high": (14, 60, ("spatial", "exclusion"), 61),
+    "low": (1, 6, (), 0),  # "short and underspecified ... a single verb and object"
+    "medium": (4, 13, ("spatial",), 7),  # "... partial specification, including optional spatial context"
+    "high": (14, 60, ("spatial", "exclusion"), 61),  # "spatial constraints, and occasional exclusion clauses"
 }
 CLAUSES = {  # cue words are a rule of thumb, so what they find is a warning
     "spatial": r"in|on|at|within|inside|across|throughout|over|along|near|around|between|beside|from|where",
     "exclusion": r"not|no|without|except|excluding|ignoring|omitting|skipping|leaving out|instead of",
 }
-LIMITS = (  # encoder, its tokens with start and end, its vocabulary; BERT and MiniLM have the same
-    ("MiniLM of lite", 256, "wordpiece"),
-    ("CLIP of SAM3", 32, "clip"),
-    ("CLIP of CLIPSeg", 77, "clip"),
-    ("BERT of Grounding DINO", 256, "wordpiece"),
-)
+LIMITS = {  # encoder -> its tokens with start and end, its vocabulary; BERT and MiniLM have the same
+    "MiniLM of lite": (256, "wordpiece"),
+    "CLIP of SAM3": (32, "clip"),
+    "CLIP of CLIPSeg": (77, "clip"),
+    "BERT of Grounding DINO": (256, "wordpiece"),
+}
 CLIP_SOURCES = ("facebook/sam3", "CIDAS/clipseg-rd64-refined", "openai/clip-vit-base-patch32")
 CLIP_VOCABULARY = 49408
 
 
 def lint(bank, encoder=None):
     """All findings, errors first; without an encoder (`encode`, `token_lengths`) none about meaning."""
-    found = [*check_text(bank), *check_levels(bank), *check_split(bank)]
-    found += [*check_lengths(bank, encoder), *(check_meaning(bank, encoder) if encoder else ())]
+    found = [*check_text(bank), *check_levels(bank), *check_split(bank), *check_lengths(bank, encoder)]
+    found += check_meaning(bank, encoder) if encoder else []
     rows = [(severity, check, p.target, p.text, detail) for severity, check, p, detail in found]
     if encoder is None:
         rows.append(("warning", "meaning", "", "", "not checked: no sentence encoder was given"))
@@ -58,17 +54,15 @@ def normalise(text):
 
 def check_text(bank):
     """Empty, repeated and over-long texts, and texts that ask for two masks at once."""
-    first = {}  # what a text reads like -> {target: its first phrasing}
+    first = {}  # what a text reads like -> its first phrasing
     for p in bank.phrasings:
-        same = first.setdefault(normalise(p.text), {})
+        same = first.setdefault(normalise(p.text), p)
         if not normalise(p.text):
             yield "error", "empty", p, "nothing is left without its punctuation"
-        elif p.target in same:
-            level, text = same[p.target].level, same[p.target].text
-            yield "error", "duplicate", p, f"reads like '{text}' of level {level}"
-        elif same:
-            yield "error", "two-targets", p, f"stands under '{next(iter(same))}' too: one text, two masks"
-        same.setdefault(p.target, p)
+        elif same.target != p.target:
+            yield "error", "two-targets", p, f"stands under '{same.target}' too: one text, two masks"
+        elif same is not p:
+            yield "error", "duplicate", p, f"reads like '{same.text}' of level {same.level}"
         if len(p.text) > MAX_CHARACTERS:
             yield "warning", "over-long", p, f"{len(p.text)} characters, over {MAX_CHARACTERS}"
 
@@ -92,27 +86,25 @@ def check_split(bank):
         heldout = bank.select(target, split="heldout")
         seen = {p.noun for p in train.values()}
         for noun in dict.fromkeys(p.noun for p in heldout if p.noun not in seen):
-            for text, p in train.items():
-                if f" {normalise(noun)} " in text:
-                    yield "error", "split-leak", p, f"train, but holds the held-out noun '{noun}'"
+            for p in (p for text, p in train.items() if f" {normalise(noun)} " in text):
+                yield "error", "split-leak", p, f"train, but holds the held-out noun '{noun}'"
         for p in heldout:
-            if (same := train.get(f" {normalise(p.text)} ")) is not None:
+            if same := train.get(f" {normalise(p.text)} "):
                 yield "error", "split-leak", p, f"held out, but train has '{same.text}'"
 
 
 def check_lengths(bank, encoder=None):
     """Which phrasings an encoder would cut, and the words that it would never see."""
     texts = [p.text for p in bank.phrasings]
-    counters = {"clip": clip_counter(), "wordpiece": (estimate_tokens, " (estimated)")}
-    if encoder is not None:
-        counters["wordpiece"] = (encoder.token_lengths, "")
-    for name, limit, vocabulary in LIMITS:
+    pieces = (encoder.token_lengths, "") if encoder else (estimate_tokens, " (estimated)")
+    counters = {"clip": clip_counter(), "wordpiece": pieces}
+    for name, (limit, vocabulary) in LIMITS.items():
         count, note = counters[vocabulary]
         for p, tokens in zip(bank.phrasings, count(texts), strict=True):
             if tokens > limit:
                 words = p.text.split()
                 starts = count([" ".join(words[:i]) for i in range(len(words))])
-                lost = " ".join(words[max(i for i, start in enumerate(starts) if i == 0 or start <= limit) :])
+                lost = " ".join(words[sum(start <= limit for start in starts) - 1 :])
                 yield "warning", "cut", p, f"{name}: {tokens} tokens{note}, limit {limit}; lost: '{lost}'"
 
 
@@ -123,11 +115,11 @@ def clip_counter(sources=CLIP_SOURCES):
 
     for source in sources:
         try:
-            tokenizer = CLIPTokenizerFast.from_pretrained(source, local_files_only=True)
+            read = CLIPTokenizerFast.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError):
             continue
-        if len(tokenizer) == CLIP_VOCABULARY:  # without its files it may load, with next to no words
-            return lambda texts, read=tokenizer: [len(ids) for ids in read(texts)["input_ids"]], ""
+        if len(read) == CLIP_VOCABULARY:  # without its files it may load, with next to no words
+            return lambda texts, read=read: [len(ids) for ids in read(texts)["input_ids"]], ""
     return estimate_tokens, " (estimated)"
 
 
@@ -143,17 +135,15 @@ def estimate_tokens(texts):
 
 def check_meaning(bank, encoder):
     """Near-duplicates within a target, and phrasings that read like another target than their own."""
-    phrasings = np.array(bank.phrasings, dtype=object)  # [N]
-    vectors = np.asarray(encoder.encode([p.text for p in phrasings]), dtype=np.float64)  # [N, D]
+    vectors = np.asarray(encoder.encode([p.text for p in bank.phrasings]), dtype=np.float64)  # [N, D]
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    targets = np.array([bank.targets.index(p.target) for p in phrasings])  # [N]
-    for t in range(len(bank.targets)):
-        own, unit = phrasings[targets == t], vectors[targets == t]  # [M], [M, D]
-        for i, j in np.argwhere(np.triu(unit @ unit.T, k=1) > NEAR_COSINE):
-            if normalise(own[i].text) != normalise(own[j].text):
-                across = "" if own[i].split == own[j].split else ", one train and one held out"
-                detail = f"nearly '{own[i].text}' (cosine {unit[i] @ unit[j]:.4f}){across}"
-                yield "warning", "near-duplicate", own[j], detail
+    targets = np.array([bank.targets.index(p.target) for p in bank.phrasings])  # [N]
+    alike = np.triu(vectors @ vectors.T, k=1) * (targets[:, None] == targets)  # [N, N]
+    for i, j in np.argwhere(alike > NEAR_COSINE):
+        one, other = bank.phrasings[i], bank.phrasings[j]
+        if normalise(one.text) != normalise(other.text):
+            across = "" if one.split == other.split else ", one train and one held out"
+            yield "warning", "near-duplicate", other, f"nearly '{one.text}' (cosine {alike[i, j]:.4f}){across}"
     # A linear reader of targets (ridge regression) scores each phrasing as if it had not learnt from it:
     # the leave-one-out prediction has a closed form. Nearest centroids would flag a sixth of our bank.
     x = np.column_stack([vectors, np.ones(len(vectors))])  # [N, D + 1]
@@ -161,7 +151,7 @@ def check_meaning(bank, encoder):
     gain = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T)  # [D + 1, N]
     leverage = (x * gain.T).sum(1, keepdims=True)  # [N, 1]
     scores = (x @ (gain @ y) - leverage * y) / (1 - leverage)  # [N, T]
-    for p, t, row in zip(phrasings, targets, scores, strict=True):
+    for p, t, row in zip(bank.phrasings, targets, scores, strict=True):
         if row.max() - row[t] > MARGIN:
             other = bank.targets[row.argmax()]
             yield "warning", "not-equivalent", p, f"reads like '{other}' ({row.max():.2f}, own {row[t]:.2f})"

@@ -122,7 +122,7 @@ class GroupLoss:
 
     def __init__(
         self, tau=1.0, lam=1.0, beta=0.1, group="clamped", consistency="first",
-        mask_weight=20.0, dice_weight=1.0, presence_weight=1.0,
+        mask_weight=1.0, dice_weight=1.0, presence_weight=0.1,
     ):  # fmt: skip
         if group not in GROUP_READINGS:
             raise SettingsError(f"group reading {group!r} is unknown; choose one of {', '.join(GROUP_READINGS)}")

@@ -42,27 +42,23 @@ def claims():
     """
     records, found = [], _found()
     for name, facts in _source()["claims"].items():
+        about = {"claim": name, "kind": "claim"} | {key: facts[key] for key in facts if key != "parts"}
+        printed, values = found[name] if isinstance(found[name], tuple) else (None, found[name])
         for part, claimed in facts["parts"].items():
             key = tuple(part.split()) if " " in part else part
-            if claimed is None:  # a table prints what is claimed
-                claimed, value = (values[key] for values in found[name])
-            else:
-                value = found[name][key]
+            claimed, value = claimed if printed is None else printed[key], values[key]
             value = round(float(value), 2) if isinstance(value, float) else value
-            row = {"claim": name, "part": part, "kind": facts.get("kind", "claim"), "where": facts["where"]}
-            verdict = {"claimed": claimed, "computed": value, "holds": _holds(claimed, value)}
-            records.append({**row, "quote": facts["quote"], **verdict, "comment": facts["comment"]})
+            verdict = {"part": part, "claimed": claimed, "computed": value, "holds": _holds(claimed, value)}
+            records.append(about | verdict)
     return pd.DataFrame(records)
 
 
 def _holds(claimed, value):
     """Whether a value is the claimed one, one of several names, or beyond a bound such as "> 0"."""
-    if isinstance(claimed, list):
-        return value in claimed
     if isinstance(claimed, str) and claimed[0] in "<>":
         bound = float(claimed[1:])
         return value > bound if claimed[0] == ">" else value < bound
-    return value == claimed
+    return value in claimed if isinstance(claimed, list) else value == claimed
 
 
 def _found():

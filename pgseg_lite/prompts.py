@@ -17,8 +17,12 @@ from .errors import BankError
 
 LEVELS = ("low", "medium", "high")
 SPLITS = ("train", "heldout")
-ENTRY = ("text", "heldout")  # what an entry of a list may say
 BANKS = Path(__file__).parent / "banks"
+
+_ENTRIES = [{"text": str, "heldout": bool}]  # or just the text
+_LEVEL = {"templates": _ENTRIES, "verbs": _ENTRIES, "places": _ENTRIES}
+_TARGET = {"fixed": str, "nouns": _ENTRIES, "exclusions": _ENTRIES, "phrasings": dict.fromkeys(LEVELS, _ENTRIES)}
+_FILE = {"name": str, "split": str, "levels": dict.fromkeys(LEVELS, _LEVEL), "targets": {"*": _TARGET}}
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,17 @@ class PromptBank:
         """The bank bundled under this name, or the YAML file at this path."""
         path = BANKS / f"{name_or_path}.yaml"
         path = path if path.is_file() else Path(name_or_path)
-        content = _mapping(_read_yaml(path), path, "the file", ("name", "split", "levels", "targets"))
-        levels = _mapping(content.get("levels", {}), path, "levels", LEVELS)
-        entries = _mapping(content.get("targets", {}), path, "targets")
-        if not entries:
-            raise BankError(f"{path}: there are no targets; add at least one under 'targets'")
-        targets = tuple(sorted(entries, key=lambda target: target != "all"))  # a stable sort
-        phrasings = tuple(p for target in targets for p in _expand(path, target, entries[target], levels))
+        content = _read_yaml(path)
+        try:
+            content = {"name": path.stem, "split": "unnamed", "levels": {}, "targets": {}} | _checked(content, _FILE)
+            if not content["targets"]:
+                raise BankError("there are no targets; add at least one under 'targets'")
+            targets = tuple(sorted(content["targets"], key=lambda target: target != "all"))  # a stable sort
+            phrasings = tuple(p for t in targets for p in _expand(t, content["targets"][t], content["levels"]))
+        except BankError as error:
+            raise BankError(f"{path}: {error}") from None
         digest = hashlib.sha256(json.dumps([astuple(p) for p in phrasings]).encode()).hexdigest()[:12]
-        name, split_name = str(content.get("name", path.stem)), str(content.get("split", "unnamed"))
-        return cls(name, split_name, targets, phrasings, digest)
+        return cls(content["name"], content["split"], targets, phrasings, digest)
 
     def select(self, target=None, levels=LEVELS, split=None):
         """Phrasings in bank order; None stands for every target or split."""
@@ -118,80 +123,68 @@ def _read_yaml(path):
         raise BankError(f"{path}: cannot be read as YAML in UTF-8 ({error}); give a text file") from error
 
 
-def _mapping(value, path, field, known=None):
+def _checked(value, schema, field=""):
+    """The value, once it is what the schema says; a list's entries as (text, heldout)."""
+    here = field or "the file"
+    if isinstance(schema, list):
+        if not isinstance(value, list) or not value:
+            raise BankError(f"{here} must be a list with at least one entry; fill it or remove it")
+        rows = [entry if isinstance(entry, dict) else {"text": entry} for entry in value]
+        rows = [{"text": None, "heldout": False} | row for row in rows]
+        return [tuple(_checked(row, schema[0], f"{field}[{i}]").values()) for i, row in enumerate(rows)]
+    if schema is str and not (isinstance(value, str) and value.strip()):
+        raise BankError(f"{here} must be text, found {value!r}; write words, in quotes")
+    if schema is bool and not isinstance(value, bool):
+        raise BankError(f"{here} is {value!r}; write true or false")
+    if not isinstance(schema, dict):
+        return value
     if not isinstance(value, dict):
         found = "empty" if value is None else f"a {type(value).__name__}"
-        raise BankError(f"{path}: {field} is {found}; make it a mapping (name: value)")
+        raise BankError(f"{here} is {found}; make it a mapping (name: value)")
     for key in value:
-        if not isinstance(key, str) or (known and key not in known):
-            wanted = f"use one of {', '.join(known)}" if known else "put the name in quotes"
-            raise BankError(f"{path}: {field} has an unknown key {key!r}; {wanted}")
-    return value
+        if not isinstance(key, str) or not {key, "*"} & {*schema}:
+            wanted = "put the name in quotes" if "*" in schema else f"use one of {', '.join(schema)}"
+            raise BankError(f"{here} has an unknown key {key!r}; {wanted}")
+    return {k: _checked(part, schema.get(k, schema.get("*")), f"{field}.{k}".strip(".")) for k, part in value.items()}
 
 
-def _entries(value, path, field):
-    """[(text, heldout)] from a list whose entries are strings or {text: ..., heldout: true}."""
-    if not isinstance(value, list) or not value:
-        raise BankError(f"{path}: {field} must be a list with at least one entry; fill it or remove it")
-    entries = []
-    for i, entry in enumerate(value):
-        entry = _mapping(entry if isinstance(entry, dict) else {"text": entry}, path, f"{field}[{i}]", ENTRY)
-        text, heldout = entry.get("text"), entry.get("heldout", False)
-        if not isinstance(text, str) or not text.strip():
-            raise BankError(f"{path}: {field}[{i}] must be text, found {text!r}; write words, in quotes")
-        if not isinstance(heldout, bool):
-            raise BankError(f"{path}: {field}[{i}].heldout is {heldout!r}; write true or false")
-        entries.append((text, heldout))
-    return entries
-
-
-def _expand(path, target, entry, levels):
+def _expand(target, entry, levels):
     """All phrasings of one target: its fixed one, then per level the listed and the grammar's."""
-    here = f"{path}: targets.{target}"
-    _mapping(entry, path, f"targets.{target}", ("fixed", "nouns", "exclusions", "phrasings"))
-    fixed, listed = entry.get("fixed"), entry.get("phrasings", {})
-    if not isinstance(fixed, str) or not fixed.strip():
-        raise BankError(f"{here}.fixed is missing; give the target's one canonical phrasing as text")
-    _mapping(listed, path, f"targets.{target}.phrasings", LEVELS)
-    found = []
+    if "fixed" not in entry:
+        raise BankError(f"targets.{target}.fixed is missing; give the target's one canonical phrasing as text")
+    fixed, found = entry["fixed"], []
     for level in LEVELS:
-        if level in listed:
-            for text, heldout in _entries(listed[level], path, f"targets.{target}.phrasings.{level}"):
-                found.append(Phrasing(text, target, level, SPLITS[heldout], "", text))
+        for text, heldout in entry.get("phrasings", {}).get(level, ()):
+            found.append(Phrasing(text, target, level, SPLITS[heldout], "", text))
         if level in levels and "nouns" in entry:
-            found += _fill_templates(path, target, entry, level, levels[level])
+            found += _fill_templates(target, level, {"templates": [], **levels[level], **entry})
     if not found:
-        raise BankError(f"{here} has no phrasings; add 'phrasings', or 'nouns' and 'levels'")
+        raise BankError(f"targets.{target} has no phrasings; add 'phrasings', or 'nouns' and 'levels'")
     same = [p for p in found if p.text == fixed] or [Phrasing(fixed, target, "low", "train", "", fixed)]
     if any((p.level, p.split) != ("low", "train") for p in same):
-        raise BankError(f"{here}.fixed {fixed!r} stands elsewhere; make it low and not held out")
+        raise BankError(f"targets.{target}.fixed {fixed!r} stands elsewhere; make it low and not held out")
     return same + [p for p in found if p.text != fixed]
 
 
-def _fill_templates(path, target, entry, level, grammar):
+def _fill_templates(target, level, lists):
     """Each noun meets each template once, with the next verb, place and exclusion of their lists.
 
     The full product would be thousands of look-alikes; rotating at different paces uses the words of
     every list within nouns x templates phrasings.
     """
-    _mapping(grammar, path, f"levels.{level}", ("templates", "verbs", "places"))
-    lists = {**grammar, **entry}
-    words = {}  # noun, verb, place, exclusion -> (how fast it turns, [(text, heldout)])
-    for pace, name in enumerate(("noun", "verb", "place", "exclusion")):
-        if f"{name}s" in lists:
-            words[name] = pace, _entries(lists[f"{name}s"], path, f"{name}s of {level} {target}")
-    slot = re.compile("{(" + "|".join(words) + ")}")
-    found = []
-    for j, (template, rare) in enumerate(_entries(grammar.get("templates"), path, f"levels.{level}.templates")):
-        here = f"{path}: levels.{level}.templates[{j}] {template!r}"
+    paces = {"noun": 0, "verb": 1, "place": 2, "exclusion": 3}
+    words = {name: lists[f"{name}s"] for name in paces if f"{name}s" in lists}  # name -> [(text, heldout)]
+    slot, found = re.compile("{(" + "|".join(words) + ")}"), []
+    for j, (template, template_heldout) in enumerate(lists["templates"]):
+        here = f"levels.{level}.templates[{j}] {template!r}"
         if re.search("[{}]", slot.sub("", template)):
             known = ", ".join(f"{{{name}}}" for name in words)
             raise BankError(f"{here} may use only {known} for '{target}'; correct it or add its list")
         if "{noun}" not in template:
             raise BankError(f"{here} lacks {{noun}}, so it names no target; add {{noun}}")
-        for i, (noun, _) in enumerate(words["noun"][1]):
-            picked = {name: options[(i + pace * j) % len(options)] for name, (pace, options) in words.items()}
+        for i, (noun, _) in enumerate(words["noun"]):
+            picked = {name: options[(i + paces[name] * j) % len(options)] for name, options in words.items()}
             text = slot.sub(lambda match, picked=picked: picked[match[1]][0], template)
-            heldout = rare or any(picked[name][1] for name in slot.findall(template))
+            heldout = template_heldout or any(picked[name][1] for name in slot.findall(template))
             found.append(Phrasing(text, target, level, SPLITS[heldout], noun, template))
     return found

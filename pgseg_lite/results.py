@@ -11,6 +11,7 @@ import sys
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
@@ -26,7 +27,9 @@ PATH = re.compile(r"""["'\s=:,](/|~/|\.\./|[A-Za-z]:\\+)\w[^"]*""")  # neither "
 def stamp(**facts):
     """The caller's facts (MEASURED and any more) with code version, packages, hardware and date (UTC)."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = {"code": _code(), "packages": _packages(), "hardware": _hardware(), "date": now}
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy", "pandas")}
+    packages["python"] = platform.python_version()
+    found = {"code": _code(), "packages": packages, "hardware": _hardware(), "date": now}
     return _checked({**found, **facts}, FIELDS, "the stamp")
 
 
@@ -35,34 +38,27 @@ def save_result(name, frame, stamp, root="results"):
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise ResultError(f"a result cannot be named {name!r}; use lower-case letters, digits, - and _")
     frame = frame.reset_index() if any(label is not None for label in frame.index.names) else frame
-    if frame.columns.nlevels > 1 or not frame.columns.is_unique:
-        raise ResultError(f"{name} has stacked or repeated column names; give each column its own")
-    hollow = [str(column) for column in frame.columns if frame[column].isna().all()]
-    if frame.empty or hollow:
-        raise ResultError(f"{name} has no value in {', '.join(hollow) or 'any row'}; measure it or drop it")
+    if frame.empty or frame.columns.nlevels > 1 or not frame.columns.is_unique:
+        raise ResultError(f"{name} has no rows, or stacked or repeated column names; give each column its own")
     table = frame.to_csv(index=False, lineterminator="\n").encode()
     texts = [column for column in frame.columns if not pd.api.types.is_numeric_dtype(frame[column])]
     stamp = {**_checked(stamp, FIELDS, name), "text_columns": texts, "sha256": sha256(table).hexdigest()}
-    target = Path(root, f"{name}.csv")
-    files = {target: table, target.with_suffix(".json"): json.dumps(stamp, indent=1).encode() + b"\n"}
+    files = {f"{name}.csv": table, f"{name}.json": json.dumps(stamp, indent=1).encode() + b"\n"}
     if (size := max(map(len, files.values()))) > LIMIT:
         raise ResultError(f"{name} has {size:,} bytes, over {LIMIT:,}; round it, group it or split it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for path, content in files.items():
-            temporary[path].write_bytes(content)
-        for path in files:  # killed between the two, the sha256 no longer fits, and load_result says so
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    return target
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=root) as folder:
+        for file, content in files.items():
+            Path(folder, file).write_bytes(content)
+        for file in files:  # killed between the two, the sha256 no longer fits, and load_result says so
+            os.replace(Path(folder, file), Path(root, file))
+    return Path(root, f"{name}.csv")
 
 
 def load_result(name, root=None):
-    """The table, its stamp in .attrs["stamp"]; without a root, from the first results/ upward that has it."""
-    roots = [Path(root)] if root else [above / "results" for above in (Path.cwd(), *Path.cwd().parents)]
+    """The table, its stamp in .attrs["stamp"]; without a root, from the nearest results/ upward that has it."""
+    checkout = Path(__file__).parents[1]  # a notebook may run anywhere
+    roots = [Path(root)] if root else [above / "results" for above in (Path.cwd(), *Path.cwd().parents, checkout)]
     path = next((place / f"{name}.csv" for place in roots if (place / f"{name}.csv").is_file()), None)
     if path is None:
         upward = "" if root else " or in a results folder above it"
@@ -81,25 +77,16 @@ def load_result(name, root=None):
     return frame
 
 
-def list_results(root="results"):
-    """The names of all tables and stamps in root, sorted; one without its other half is listed too."""
-    return sorted({path.stem for path in Path(root).glob("[!.]*") if path.suffix in (".csv", ".json")})
-
-
 def describe(stamp):
     """One line of provenance for a caption; a run at the smoke profile says so first."""
-    code, machine, wall = stamp["code"], stamp["hardware"], stamp["wall_s"]
-    data = ", ".join(f"{one['name']} {one['split']} ({one['digest']})" for one in stamp["datasets"])
-    commit = f" at {code['commit'][:10]}{' with changes' * code['dirty']}" if code["commit"] else ""
+    code, machine, profile = stamp["code"], stamp["hardware"], stamp["profile"]
+    label = "smoke run, not a measurement" if profile == "smoke" else f"{profile} profile"
+    data = ", ".join(f"{one['name']} {one['split']} ({one['digest']})" for one in stamp["datasets"]) or "no data set"
     seeds = ", ".join(map(str, stamp["seeds"])) or "none"
+    commit = f" at {code['commit'][:10]}{' with changes' * code['dirty']}" if code["commit"] else ""
+    engine = f"pgseg_lite {code['version']}{commit}, torch {stamp['packages']['torch']}"
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    time = f"{wall:.3g} s" if wall < 120 else f"{wall / 60:.0f} min"
-    smoke = stamp["profile"] == "smoke"
-    label = "smoke run, not a measurement" if smoke else f"{stamp['profile']} profile"
-    return (
-        f"{label}: {data or 'no data set'}; seeds {seeds}; pgseg_lite {code['version']}{commit}, "
-        f"torch {stamp['packages']['torch']}; {where}; {time}; {stamp['date'][:10]}"
-    )
+    return f"{label}: {data}; seeds {seeds}; {engine}; {where}; {stamp['wall_s']:.0f} s; {stamp['date'][:10]}"
 
 
 def _checked(stamp, fields, where):
@@ -120,24 +107,18 @@ def _checked(stamp, fields, where):
 
 
 def _code():
-    """Version; in a git checkout also the commit and whether the package differs from it."""
+    """Version; in a git checkout also the last commit of this folder, and whether it has changed since."""
 
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    def git(*words):  # an installed copy may lie inside a checkout of something else: then it has no commit
+        run = subprocess.run(["git", *words, "."], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return run.stdout.strip()
 
-    commit, dirty = None, False
-    try:  # asked of this very file, because an installed copy may lie inside a checkout of something else
-        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
-            commit = git("rev-parse", "--verify", "HEAD").stdout.strip() or None
-            dirty = bool(git("status", "--porcelain", ".").stdout)
-    except OSError:
-        pass  # no git on this machine
+    try:
+        commit = git("log", "-1", "--format=%H", "--") or None
+        dirty = bool(commit and git("status", "--porcelain"))
+    except OSError:  # no git on this machine
+        commit, dirty = None, False
     return {"version": __version__, "commit": commit, "dirty": dirty}
-
-
-def _packages():
-    names = ("torch", "transformers", "numpy", "pandas")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _hardware():

@@ -24,10 +24,10 @@ class TrainSettings:
     beta: float = 0.1
     group: str = "clamped"
     consistency: str = "first"
-    mask_weight: float = 20.0
+    mask_weight: float = 1.0
     dice_weight: float = 1.0
-    presence_weight: float = 1.0
-    learning_rate: float = 2e-3
+    presence_weight: float = 0.1
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
     accumulation: int = 1

@@ -16,6 +16,7 @@ from pgseg_lite.data import READERS, Dataset, Sample, describe_datasets, load_da
 from pgseg_lite.data import dataset as dataset_module
 from pgseg_lite.data.dataset import pick, tile_starts
 from pgseg_lite.data.own import decode, decode_counts
+from pgseg_lite.errors import DataError
 
 RNG = np.random.default_rng(0)
 
@@ -253,6 +254,8 @@ def test_coco_by_name_beside_the_image(tmp_path):
     named = [load_dataset("coco", root=tmp_path, split="all", annotations=n) for n in ("labels.json", "other.json")]
     assert not named[0][0].masks["all"].any() and named[1][0].masks["all"].any()
     assert named[0].ids == named[1].ids and named[0].digest != named[1].digest
+    there = load_dataset("coco", root=tmp_path, split="all", annotations=tmp_path / "other.json")
+    assert there.digest == named[1].digest  # the folder is no part of it
 
 
 def test_coco_codes_against_pycocotools():
@@ -505,3 +508,16 @@ def test_real_kumar_and_cpm15(real_data, monkeypatch):
     assert len(data) == 15 and all(0.02 < s.masks["all"].mean() < 0.6 for s in data)
     assert data[0].image.shape == (488, 643, 3) and np.count_nonzero(np.unique(data[0].instances)) > 300
     assert len(load_dataset("cpm15", split="all")) == 136
+
+
+def test_hold_out_divides_by_image():
+    data = Dataset(Blank(**{name: (64, 64) for name in "abcdefghij"}), "train", 32, fraction=0.5)
+    rest, held = data.hold_out(0.3, seed=0)
+    images = [{name.split("@")[0] for name in part.ids} for part in (rest, held)]
+    assert sorted(rest.ids + held.ids) == sorted(data.ids) and len(images[1]) == 3
+    assert not images[0] & images[1]
+    assert held.ids == data.hold_out(0.3, seed=0)[1].ids != data.hold_out(0.3, seed=1)[1].ids
+    assert len({data.digest, rest.digest, held.digest}) == 3
+    assert [s.id for s in held] == list(held.ids) and data[0].id == data.ids[0]
+    with pytest.raises(DataError, match=r"cannot hold out 1.5 of \d+ images; use a share"):
+        data.hold_out(1.5)

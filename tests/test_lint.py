@@ -72,9 +72,7 @@ def minilm(tmp_path_factory):
 
 
 def rows(findings, check):
-    return [
-        tuple(row) for row in findings[findings.check == check][["severity", "phrasing", "detail"]].values
-    ]
+    return [tuple(row) for row in findings[findings.check == check][["severity", "phrasing", "detail"]].values]
 
 
 def test_the_bundled_bank_has_no_error_and_keeps_its_levels(bundled):
@@ -107,9 +105,7 @@ def test_a_clean_bank_is_clean_and_says_what_was_not_checked(listed):
     assert list(lint(bank, Bags(bank)).columns) == COLUMNS
 
 
-@pytest.mark.parametrize(
-    "same", ["Segment Glands.", "segment  glands", "ｓｅｇｍｅｎｔ glands", "“segment glands”"]
-)
+@pytest.mark.parametrize("same", ["Segment Glands.", "segment  glands", "ｓｅｇｍｅｎｔ glands", "“segment glands”"])
 def test_duplicates_after_normalisation(listed, same):
     found = rows(lint(listed(low=["glands", "segment glands", same])), "duplicate")
     assert found == [("error", same, "reads like 'segment glands' of level low")]
@@ -128,9 +124,7 @@ def test_empty_and_over_long(listed):
 
 
 def test_one_text_under_two_targets(make):
-    bank = make(
-        "targets: {a: {fixed: glands, phrasings: {low: [Tumour]}}, b: {fixed: tumour, phrasings: {low: [x]}}}"
-    )
+    bank = make("targets: {a: {fixed: glands, phrasings: {low: [Tumour]}}, b: {fixed: tumour, phrasings: {low: [x]}}}")
     findings = lint(bank)
     assert rows(findings, "two-targets") == [("error", "tumour", "stands under 'a' too: one text, two masks")]
     assert findings.severity.tolist() == sorted(findings.severity) and findings.target[0] == "b"
@@ -171,22 +165,16 @@ def test_a_heldout_noun_inside_a_train_phrasing_is_a_leak(make):
         "levels: {low: {templates: ['{noun}']}}\n"
         "targets: {a: {fixed: duct glands, nouns: [duct glands, {text: glands, heldout: true}]}}"
     )
-    assert rows(lint(bank), "split-leak") == [
-        ("error", "duct glands", "train, but holds the held-out noun 'glands'")
-    ]
+    assert rows(lint(bank), "split-leak") == [("error", "duct glands", "train, but holds the held-out noun 'glands'")]
 
 
 def test_a_text_in_both_splits_is_a_leak(listed):
     findings = lint(listed(low=["segment glands", {"text": "Segment glands!", "heldout": True}]))
-    assert rows(findings, "split-leak") == [
-        ("error", "Segment glands!", "held out, but train has 'segment glands'")
-    ]
+    assert rows(findings, "split-leak") == [("error", "Segment glands!", "held out, but train has 'segment glands'")]
 
 
 def test_what_each_encoder_would_lose(listed, monkeypatch):
-    monkeypatch.setattr(
-        linter, "clip_counter", lambda: (lambda texts: [2 + len(text.split()) for text in texts], "")
-    )
+    monkeypatch.setattr(linter, "clip_counter", lambda: (lambda texts: [2 + len(text.split()) for text in texts], ""))
     text = " ".join(f"w{i}" for i in range(300))
     bank = listed(high=[text])
     found = [detail for _, _, detail in rows(lint(bank, Bags(bank)), "cut")]

@@ -64,9 +64,7 @@ def test_digest_changes_only_with_the_name_of_the_split(bank):
 
 
 def test_expansion_is_the_same_in_another_process_and_hash_seed(bank):
-    code = (
-        "from pgseg_lite.prompts import PromptBank as P; b = P.load(); print(b.digest, b.phrasings[-1].text)"
-    )
+    code = "from pgseg_lite.prompts import PromptBank as P; b = P.load(); print(b.digest, b.phrasings[-1].text)"
     for seed in ("1", "2"):
         run = subprocess.run(
             [sys.executable, "-c", code],
@@ -201,9 +199,9 @@ BAD_BANKS = {
         r"targets.glands.phrasings.low must be a list with at l",
     ),
     "not a list": (LISTED.replace("[glands]", "glands"), r"targets.glands.phrasings.low must be a list"),
-    "number": (LISTED.replace("[glands]", "[glands, 3]"), r"phrasings.low\[1\] must be text, found 3"),
-    "yaml no": (LISTED.replace("[glands]", "[no]"), r"phrasings.low\[0\] must be text, found False"),
-    "blank": (LISTED.replace("[glands]", "['  ']"), r"phrasings.low\[0\] must be text, found '  '"),
+    "number": (LISTED.replace("[glands]", "[glands, 3]"), r"phrasings.low\[1\].text must be text, found 3"),
+    "yaml no": (LISTED.replace("[glands]", "[no]"), r"phrasings.low\[0\].text must be text, found False"),
+    "blank": (LISTED.replace("[glands]", "['  ']"), r"phrasings.low\[0\].text must be text, found '  '"),
     "misspelt mark": (
         LISTED.replace("[glands]", "[{text: a, held: true}]"),
         r"low\[0\] has an unknown key 'held'",
@@ -225,7 +223,7 @@ BAD_BANKS = {
     ),
     "no templates": (
         GRAMMAR.replace(', templates: ["{verb} {noun}", "{noun}"]', ""),
-        r"low.templates must be a l",
+        r"targets.all has no phrasings; add",
     ),
     "unknown part of a level": (GRAMMAR.replace("verbs:", "verb:"), r"levels.low has an unknown key 'verb'"),
 }

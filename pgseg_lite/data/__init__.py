@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
@@ -77,4 +78,6 @@ def load_dataset(name, root=None, split="train", fraction=1.0, seed=0, tile=256,
         root = find_root(name, reader.folder, root)
     source = reader.open(name, root, split, **{**reader.options, **options})
     changed = {option: value for option, value in options.items() if value != reader.options[option]}
+    if "annotations" in changed:  # the name, not the path: a digest must not hang on where files lie
+        changed["annotations"] = Path(changed["annotations"]).name
     return Dataset(source, split, tile and int(tile), float(fraction), int(seed), changed)

@@ -3,11 +3,14 @@
 A source is any object with name, targets, ids, shape(id) -> (H, W), from a header at most, and read(id) -> Sample.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..errors import DataError
 
 CACHE_BYTES = 2**30  # whole images kept in memory, per process: each DataLoader worker has its own cache
 
@@ -87,6 +90,16 @@ class Dataset:
         """Everything needed to say which samples these are; ready for JSON."""
         said = {key: getattr(self, key) for key in ("name", "split", "tile", "fraction", "seed", "options")}
         return said | {"n": len(self), "digest": self.digest, "ids": list(self.ids)}
+
+    def hold_out(self, fraction, seed=0):
+        """(rest, held), divided by source image: tiles of one image look alike and overlap, so it is never on both."""
+        images = list(dict.fromkeys(self._places[name][0] for name in self.ids))
+        if not 0 < fraction < 1 or len(images) < 2:
+            raise DataError(f"cannot hold out {fraction!r} of {len(images)} images; use a share below 1 of two or more")
+        taken, rest, held = set(pick(images, fraction, seed)[: len(images) - 1]), copy.copy(self), copy.copy(self)
+        rest.ids = tuple(name for name in self.ids if self._places[name][0] not in taken)
+        held.ids = tuple(name for name in self.ids if self._places[name][0] in taken)
+        return rest, held
 
     def __repr__(self):
         size = f"{self.tile} px tiles" if self.tile else "whole images"

@@ -132,12 +132,10 @@ def read_labels(path: Path, image: Path, shape: tuple[int, int], key="inst_map")
     if path.suffix == ".mat":
         return as_labels(read_mat(path, key), f"{path}: {key}", image, shape)
     with opened(path) as file:
-        pixels = np.array(file)  # [H, W] or [H, W, C]
-    if pixels.ndim == 3:
-        if not (pixels[..., :3] == pixels[..., :1]).all():
-            raise DataError(f"{path}: a mask in colour; save it as grey, one number a pixel")
-        pixels = pixels[..., 0]
-    return as_labels(pixels, f"{path}: mask", image, shape)
+        layers = np.atleast_3d(file)[..., :3]  # [H, W, 1 or 3]
+    if (layers != layers[..., :1]).any():
+        raise DataError(f"{path}: a mask in colour; save it as grey, one number a pixel")
+    return as_labels(layers[..., 0], f"{path}: mask", image, shape)
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:

@@ -3,8 +3,8 @@
 folder: `images/*`, and masks of the same name in `masks/*.png` (all nuclei), `masks/CATEGORY/*.png`, or both; "all" is
   the union. A mask is binary or a label map; zero is background, and an image without nuclei of a category still needs
   its empty mask. That is the split "all"; others are `SPLIT/images` with `SPLIT/masks`.
-coco: the only *.json in root, or `annotations=`, its path in root; one split, "all". `categories` become the targets,
-  "all" is the union. Images are sought at root/file_name, then root/images/file_name. A `segmentation` is a list of
+coco: the only *.json in root, or `annotations=` (a path, or a name in root); one split, "all". `categories` become the
+  targets, "all" is the union. Images are sought at root/file_name, then root/images/file_name. A `segmentation` is
   polygons (a pixel belongs when its centre does) or a run-length code, plain or compressed. Crowd regions count too.
 """
 

@@ -114,8 +114,8 @@ def _place(rng, size, how, glands, flow, soft, has):
     if has[0]:
         scatter(rng.uniform(90, 280) * rate, [NEST], tumour, stray=rng.choice([0.4, 9.0]))
     if has[3]:
-        dying = {"pyknotic": 0.55, "fragments": 0.15, "ghost": 0.3}
-        scatter(rng.uniform(5, 16) * rate, [STROMA, NEST, GLAND], dying)
+        dying = {"pyknotic": 0.65, "fragments": 0.15, "ghost": 0.2}
+        scatter(rng.uniform(10, 26) * rate, [STROMA, NEST, GLAND], dying)
         scatter(70 * rate, [NECROSIS], dying)
     if has[1]:
         mix = dict(zip(("lymphocyte", "plasma", "neutrophil"), rng.dirichlet([9, 2, 1]), strict=True))
