@@ -16,7 +16,7 @@ import pandas as pd
 import pgseg_lite as pg
 from pgseg_lite.results import save_result, stamp
 
-STEPS, SEEDS, FRACTION = 1500, (0, 1, 2), 0.1
+STEPS, SEEDS, FRACTION = 1200, (0, 1, 2), 0.1
 METHODS = {"prompt groups": ("group", {}), "one fixed phrasing": ("fixed", dict(wording="fixed", k=1))}
 RUNS = Path("_build/consep")
 

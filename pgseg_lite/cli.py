@@ -8,7 +8,7 @@ from pathlib import Path
 from . import __version__
 from .errors import PgsegError, SettingsError
 from .prompts import LEVELS, PromptBank
-from .settings import PROFILES, TrainSettings
+from .settings import PER_LEVEL, PROFILES, TrainSettings
 
 
 def main(arguments=None):
@@ -47,7 +47,8 @@ def build_parser():
     scores.add_argument("--checkpoint", default="group", help="fixed or group (bundled), a folder, or a hub name")
     scores.add_argument("--levels", nargs="+", default=LEVELS, help="quality levels to ask in")
     scores.add_argument("--phrasings", choices=("heldout", "train"), default="heldout", help="unseen or seen ones")
-    scores.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
+    scores.add_argument("--profile", choices=PROFILES, default="lite", help=f"sets --per-level: {PER_LEVEL}")
+    scores.add_argument("--per-level", type=int, help="phrasings a target and level; 0 for all")
     scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
 
     prompts = group(commands, "prompts", "look at and check prompt banks")
@@ -83,9 +84,15 @@ def group(commands, name, text):
     return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="ACTION")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
 def command(commands, run, name, text):
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = commands.add_parser(name, help=text, description=text, formatter_class=style)
+    parser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
     parser.set_defaults(run=run)
     return parser
 
@@ -137,7 +144,8 @@ def run_evaluate(args):
     if args.records and not args.records.parent.is_dir():
         raise SettingsError(f"{args.records.parent}: no such folder for the records; create it first")
     model, bank = load_segmenter("lite", args.checkpoint, args.device), PromptBank.load(args.bank)
-    records = evaluate(model, read_data(args), bank, args.levels, args.phrasings, args.per_level or None)
+    per_level = PER_LEVEL[args.profile] if args.per_level is None else args.per_level
+    records = evaluate(model, read_data(args), bank, args.levels, args.phrasings, per_level or None)
     if args.records:
         partial = args.records.with_name(args.records.name + ".part")
         records.to_csv(partial, index=False)

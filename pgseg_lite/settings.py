@@ -64,3 +64,5 @@ PROFILES = {
     "lite": TrainSettings(),
     "full": TrainSettings(steps=10_000, batch_size=16, workers=4, save_every=1000),
 }
+
+PER_LEVEL = {"smoke": 2, "lite": 10, "full": 0}  # phrasings to evaluate a target and level; 0 for all of them

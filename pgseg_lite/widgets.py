@@ -31,7 +31,7 @@ def slider(figures, labels, alts, name):
     data = json.dumps([{"src": s, "label": t, "alt": a} for s, t, a in zip(frames, labels, alts, strict=True)])
     data = data.replace("</", "<\\/")  # a label must not end the script
     first, label, alt = frames[0], html.escape(labels[0]), html.escape(alts[0], quote=True)
-    return HTML(f"""<figure class="pgseg-slider" id="{key}" style="background:#fff;color:#111;padding:.5em;max-width:100%">
+    return HTML(f"""<figure class="pgseg-slider" id="{key}" style="background:#fff;color:#111;padding:.5em">
 <label>{html.escape(name)}: <output>{label}</output>
 <input type="range" min="0" max="{len(frames) - 1}" value="0" style="width:100%" aria-valuetext="{label}"></label>
 <img src="{first}" alt="{alt}" style="max-width:100%;height:auto">
