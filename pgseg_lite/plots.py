@@ -1,6 +1,7 @@
 """Pictures of masks and of their disagreement. Every function returns a matplotlib Figure."""
 
 import io
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from .errors import SettingsError
 
 TRUE_COLOUR, MASK_COLOUR = "#009e73", "#e60049"  # told apart without colour vision too: truth is dashed
-PANEL = 2.2  # inches a panel
+PANEL, TITLE_WIDTH = 2.2, 34  # inches a panel, characters a line of its title
 
 
 def panels(count, columns=None):
@@ -31,14 +32,14 @@ def outline(axis, image, mask=None, truth=None, title=""):
     for shape, colour, style in ((truth, TRUE_COLOUR, "dashed"), (mask, MASK_COLOUR, "solid")):
         if shape is not None and shape.any():
             axis.contour(shape, levels=[0.5], colors=colour, linestyles=style, linewidths=1.0)
-    axis.set_title(title, fontsize=8, wrap=True)
+    axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
 
 
-def show_masks(image, masks, titles, truth=None, columns=None):
+def show_masks(image, masks, titles, truth=None, columns=3):
     """One panel a mask: image uint8 [H, W, 3], masks bool [K, H, W], K titles; dashed is the truth."""
     if len(masks) != len(titles):
         raise SettingsError(f"{len(masks)} masks and {len(titles)} titles; give one title a mask")
-    figure, axes = panels(len(masks), columns)
+    figure, axes = panels(len(masks), min(len(masks), columns))
     for axis, mask, title in zip(axes, masks, titles, strict=True):
         outline(axis, image, mask, truth, title)
     return figure
@@ -67,7 +68,7 @@ def show_disagreement(image, groups, titles):
     outline(axes[0], image, title="image")
     for axis, masks, title in zip(axes[1:], groups, titles, strict=True):
         picture = axis.imshow(disagreement(masks), cmap="magma", vmin=0, vmax=1)
-        axis.set_title(title, fontsize=8, wrap=True)
+        axis.set_title(title, fontsize=8)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="disagreement (1 = split in half)")
     return figure
 
@@ -76,7 +77,7 @@ def show_history(history, terms=("seg", "mask", "dice", "presence", "group", "co
     """The loss terms over the steps of a run, a panel a term."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 4.2), layout="constrained", facecolor="white")
     for axis, term in zip(axes.flat, terms, strict=True):
-        axis.plot(history["step"], history[term], color="#20639b")
+        axis.plot(history["step"], history[term], color="#20639b", marker=".", markersize=3)
         axis.set_title(term, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)

@@ -58,7 +58,7 @@ def figures(count):
 
 def test_slider_is_plain_html_with_an_alt_text_per_frame():
     html = widgets.slider(figures(3), ["a", "b <i>", "c</script>"], ["first", "second", "third"], "phrasing").data
-    assert html.count("data:image/png;base64,") == 4  # three frames, the first also as the picture itself
+    assert html.count("data:image/jpeg;base64,") == 4  # three frames, the first also as the picture itself
     assert 'type="range" min="0" max="2"' in html and 'alt="first"' in html
     assert all(f'"alt": "{alt}"' in html for alt in ("first", "second", "third"))
     assert html.count("</script>") == 2, "a label ended the script"
@@ -82,8 +82,8 @@ def test_frames_too_large_for_a_page():
     noisy = []
     for seed in range(2):
         figure, (axis,) = plots.panels(1)
-        figure.set_size_inches(9, 9)
-        axis.imshow(np.random.default_rng(seed).random((600, 600)))
+        figure.set_size_inches(20, 20)
+        axis.imshow(np.random.default_rng(seed).random((1500, 1500, 3)))
         noisy.append(figure)
     with pytest.raises(SettingsError, match=r"the frames take \d+ kB of 500; make the figures smaller"):
         widgets.slider(noisy, ["a", "b"], ["a", "b"], "x")
