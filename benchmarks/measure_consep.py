@@ -21,41 +21,46 @@ METHODS = {"prompt groups": ("group", {}), "one fixed phrasing": ("fixed", dict(
 RUNS = Path("_build/consep")
 
 
-def run(method, seed, bank, data, test):
-    """Train and score one model. The records are written last, so a run that has them is finished."""
+def train(method, seed, bank, data):
+    """The trained model and how long it took. timing.json is written last: a run that has it is finished."""
     folder = RUNS / f"{method.replace(' ', '-')}-{seed}"
-    finished = folder / "result.json"
-    if not finished.exists():
+    timing = folder / "timing.json"
+    if not timing.exists():
+        start, changes = METHODS[method]
         settings = pg.TrainSettings(steps=STEPS, seed=seed, save_every=200)
-        resume, (start, changes) = (folder / "run.json").exists(), METHODS[method]
-        model = pg.load_segmenter("lite", start)
-        result = pg.train(data, bank, folder, settings, model=model, resume=resume, **changes)
-        records = pg.evaluate(result.model, test, bank).assign(segmenter=method)
-        table = pg.robustness(records, by=("segmenter", "target")).assign(seed=seed)
-        table.to_json(folder / "table.json", orient="records")
-        finished.write_text(json.dumps({"wall_s": result.wall_s, "cpu_s": result.cpu_s, "resumed": resume}))
-    return pd.read_json(folder / "table.json", orient="records"), json.loads(finished.read_text())
+        options = dict(model=pg.load_segmenter("lite", start), resume=(folder / "run.json").exists())
+        result = pg.train(data, bank, folder, settings, **options, **changes)
+        timing.write_text(json.dumps({"wall_s": result.wall_s, "cpu_s": result.cpu_s}))
+    return pg.load_segmenter("lite", folder), json.loads(timing.read_text())
 
 
 def main(methods):
     bank, tables, wall = pg.PromptBank.load("nuclei"), [], 0
-    test = pg.load_dataset("consep", split="test")
+    tests = {
+        "256 px": pg.load_dataset("consep", split="test"),
+        "whole": pg.load_dataset("consep", split="test", tile=None),
+    }
     for method in methods:
         for seed in SEEDS:
             data = pg.load_dataset("consep", split="train", fraction=FRACTION, seed=seed)
-            table, timing = run(method, seed, bank, data, test)
-            tables.append(table.assign(train_digest=data.digest, cpu_minutes=timing["cpu_s"] / 60))
+            model, timing = train(method, seed, bank, data)
             wall += timing["wall_s"]
-            scores = table.set_index("target")["mean"]
-            print(f"{method}, seed {seed}: T1 {scores['all']:.4f}, T2 {scores.drop('all').mean():.4f}, ", end="")
-            print(f"{timing['cpu_s'] / 60:.1f} CPU minutes", flush=True)
+            for tiles, test in tests.items():
+                records = pg.evaluate(model, test, bank).assign(segmenter=method)
+                table = pg.robustness(records, by=("segmenter", "target"))
+                facts = dict(seed=seed, tiles=tiles, train_digest=data.digest, cpu_minutes=timing["cpu_s"] / 60)
+                tables.append(table.assign(**facts))
+                scores = table.set_index("target")["mean"]
+                print(f"{method}, seed {seed}, {tiles}: T1 {scores['all']:.4f}, T2 {scores.drop('all').mean():.4f}")
     settings = asdict(pg.TrainSettings(steps=STEPS)) | {
         "fraction": FRACTION,
         "methods": {m: METHODS[m] for m in methods},
     }
     record = stamp(
         profile="lite",
-        datasets=[{"name": "consep", "split": "test", "digest": test.digest}],
+        datasets=[
+            {"name": test.name, "split": f"test, {tiles}", "digest": test.digest} for tiles, test in tests.items()
+        ],
         seeds=list(SEEDS),
         settings=json.loads(json.dumps(settings)),
         wall_s=round(wall),

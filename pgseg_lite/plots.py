@@ -32,7 +32,8 @@ def outline(axis, image, mask=None, truth=None, title=""):
     for shape, colour, style in ((truth, TRUE_COLOUR, "dashed"), (mask, MASK_COLOUR, "solid")):
         if shape is not None and shape.any():
             axis.contour(shape, levels=[0.5], colors=colour, linestyles=style, linewidths=1.0)
-    axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8)
+    lines = [textwrap.fill(line, TITLE_WIDTH) for line in title.splitlines()]
+    axis.set_title("\n".join(lines), fontsize=8)
 
 
 def show_masks(image, masks, titles, truth=None, columns=3):

@@ -140,6 +140,12 @@ def test_image_is_encoded_once_for_all_phrasings(small, image, monkeypatch):
     assert calls == [1]
 
 
+def test_masks_hold_the_pixels_with_probability_above_three_tenths():
+    probability = torch.tensor([0.0, 0.29, 0.31, 1.0]).reshape(1, 1, 2, 2)
+    masks = pg.SegmentationOutput(probability.logit(), torch.zeros(1, 1)).masks
+    assert masks.flatten().tolist() == [False, False, True, True]
+
+
 def test_every_parameter_of_lite_gets_a_gradient(small):
     out = small(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 384) / 20)
     (out.mask_logits.sum() + out.presence_logits.sum()).backward()

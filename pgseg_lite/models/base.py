@@ -1,5 +1,6 @@
 """What every text-prompted model here has in common, and how many queries become one mask."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -7,6 +8,10 @@ import numpy as np
 import torch
 
 from ..errors import ModelError, SettingsError
+
+# The probability from which SAM3's processor counts a mask in, as a logit. One half would be too high: focal loss with
+# alpha 0.25 pulls probabilities down, and the threshold that is best for Dice lies below one half anyway.
+THRESHOLD = math.log(0.3 / 0.7)
 
 
 @dataclass
@@ -16,8 +21,8 @@ class SegmentationOutput:
 
     @property
     def masks(self):
-        """Boolean [B, K, H, W]. A model that lets presence gate its masks does so in the logits (`aggregate`)."""
-        return self.mask_logits > 0
+        """Boolean [B, K, H, W]: probability above 0.3. Presence gates a mask only where `aggregate` put it in."""
+        return self.mask_logits > THRESHOLD
 
 
 @runtime_checkable
