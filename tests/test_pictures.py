@@ -32,8 +32,9 @@ def test_disagreement_is_zero_where_all_agree_and_one_where_the_group_is_split(m
 def test_figures_are_white_pngs_with_one_panel_a_mask(image, masks):
     figure = plots.show_masks(image, masks, list("abcd"), truth=masks[0])
     assert [title for axis in figure.axes if (title := axis.get_title())] == list("abcd")
-    assert plots.png(figure).startswith(b"\x89PNG") and figure.get_facecolor() == (1, 1, 1, 1)
-    assert plots.png(figure) == plots.png(figure)  # the same bytes, so a rerun leaves no diff
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+    again = plots.show_masks(image, masks, list("abcd"), truth=masks[0])
+    assert plots.png(figure) == plots.png(again)  # the same bytes, so a rerun leaves no diff
 
 
 def test_show_carries_the_alt_text(monkeypatch):
