@@ -128,10 +128,11 @@ def test_a_run_leaves_a_loadable_model_a_history_and_a_record(data, bank, tmp_pa
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "run" / "history.csv"), result.history, check_dtype=False)
 
 
-def test_training_lowers_the_loss_and_learns_the_masks(data, bank, tmp_path):
+def test_sixty_steps_lower_every_part_that_sees_the_masks(data, bank, tmp_path):
     settings = pg.TrainSettings(steps=60, batch_size=2, view=64, precision="fp32", learning_rate=5e-3)
     history = pg.train(data, bank, tmp_path / "run", settings, model=tiny_model(), quiet=True).history
-    assert history["seg"].iloc[-2:].mean() < 0.8 * history["seg"].iloc[0]
+    assert history["dice"].iloc[-1] < 0.92 * history["dice"].iloc[0]
+    assert history["mask"].iloc[-1] < 0.7 * history["mask"].iloc[0]
 
 
 @pytest.mark.parametrize("group", ["none", "literal", "log-weights", "clamped", "soft"])
