@@ -106,6 +106,8 @@ def add_data_options(parser, split):
     parser.add_argument("--tile", type=int, default=256, help="side of a tile in pixels; 0 for whole images")
     parser.add_argument("--size", type=int, help="number of tiles (synthetic only)")
     parser.add_argument("--shift", help="a domain shift by name (synthetic only)")
+    parser.add_argument("--annotations", help="the JSON file, where the root holds several (coco only)")
+    parser.add_argument("--hub", action="store_true", default=None, help="the copy on the hub (pannuke only)")
 
 
 def add_bank_and_device(parser):
@@ -116,7 +118,8 @@ def add_bank_and_device(parser):
 def read_data(args):
     from .data import load_dataset
 
-    options = {name: value for name in ("size", "shift") if (value := getattr(args, name)) is not None}
+    names = ("size", "shift", "annotations", "hub")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     tile = args.tile or None
     data = load_dataset(args.dataset, args.root, args.split, args.fraction, args.data_seed, tile, **options)
     print(f"{data.name} {data.split}: {len(data)} samples, digest {data.digest}")

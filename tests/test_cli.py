@@ -130,6 +130,8 @@ def test_data_commands(capsys, tmp_path):
         ("train --output {tmp}/run --size 0", "size"),
         ("train --output {tmp}/run --size 4 --shift sideways", "shift 'sideways'"),
         ("train --output {tmp}/run --size 4 --split nowhere", "split 'nowhere'"),
+        ("train --output {tmp}/run --hub", "synthetic has no option 'hub'; it has: size, shift"),
+        ("data check --dataset coco --root {tmp} --split all --annotations none.json", "none.json"),
         ("train --output {tmp}/run --dataset consep --root {tmp}/nothing", "{tmp}/nothing"),
         ("train --output {tmp}/run --size 4 --bank {tmp}/none.yaml", "{tmp}/none.yaml"),
         ("train --output {tmp}/run --size 4 --steps 0", "steps is 0; it must be at least 1"),
