@@ -21,6 +21,8 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     area_pred (shares of the image), absent (the target is not in this image), agreement (mean IoU of this
     mask with the others of its group) and flips (share of the image on which the group does not agree).
     """
+    if per_level is not None and per_level < 1:
+        raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     phrasings = {target: choose(bank, target, levels, split, per_level) for target in data.targets}
     texts = [p.text for chosen in phrasings.values() for p in chosen]
     if isinstance(model, torch.nn.Module):

@@ -4,6 +4,7 @@ What is ours is small: a dataset whose item i depends on (seed, i) alone, a coll
 Resume, mixed precision, accumulation, schedules and several processes are the Trainer's.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -162,7 +163,7 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     views = settings.steps * settings.batch_size * settings.accumulation * processes
     dataset = GroupDataset(data, bank, settings, views)
     args = training_arguments(output, settings, device)
-    checkpoint = prepare_output(output, describe_run(data, bank, settings, processes), resume)
+    checkpoint = prepare_output(output, describe_run(data, bank, settings, processes, model), resume)
 
     torch.manual_seed(settings.seed)
     model = (model or LiteSegmenter()).train()
@@ -213,14 +214,23 @@ def best_precision(use_cpu):
     return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
 
 
-def describe_run(data, bank, settings, processes):
+def describe_run(data, bank, settings, processes, model):
     """Everything that must be equal for a run to be the same run, one flat entry each."""
     settings = asdict(settings) | {"levels": list(settings.levels)}
     return settings | {
         "processes": processes,
         "data": f"{data.name} {data.digest}",
         "bank": f"{bank.name} {bank.digest}",
+        "start": fingerprint(model) if model else "new weights",
     }
+
+
+def fingerprint(model):
+    """12 hex digits that stand for these weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def prepare_output(output, run, resume):

@@ -142,6 +142,7 @@ def test_data_commands(capsys, tmp_path):
         ("evaluate --size 2 --checkpoint {tmp}/absent", "no such checkpoint folder"),
         ("evaluate --size 2 --records {tmp}/no/r.csv", "no such folder for the records; create it first"),
         ("evaluate --size 2 --phrasings all", "argument --phrasings: invalid choice: 'all'"),
+        ("evaluate --size 2 --per-level -3", "per_level is -3; it must be at least 1, or None"),
         ("prompts lint {tmp}/none.yaml", "{tmp}/none.yaml"),
         ("prompts list --target cytoplasm", "cytoplasm"),
         ("data check --dataset kumar --root {tmp}", "{tmp}"),

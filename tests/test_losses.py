@@ -15,6 +15,7 @@ from pgseg_lite.losses import (
     focal_loss,
     group_term,
 )
+from pgseg_lite.settings import TrainSettings
 
 
 @pytest.fixture
@@ -196,6 +197,10 @@ def test_nan_and_inf_name_the_term_and_the_phrasing(group, spoil, named):
 def test_bad_settings(settings, message):
     with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
         GroupLoss(**settings)
+
+
+def test_a_run_s_default_loss_is_the_default_loss():
+    assert vars(TrainSettings().loss()) == vars(GroupLoss())
 
 
 def test_shapes_that_do_not_fit():

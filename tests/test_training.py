@@ -268,4 +268,6 @@ def test_two_runs_are_not_mixed_in_one_folder(data, bank, tmp_path):
     with pytest.raises(SettingsError, match="already holds a run; resume it, or choose another output folder"):
         pg.train(data, bank, tmp_path / "run", TINY, quiet=True, steps=2)
     with pytest.raises(SettingsError, match="cannot resume, seed was 0 and is now 7; use the same"):
-        pg.train(data, bank, tmp_path / "run", TINY, quiet=True, steps=2, seed=7, resume=True)
+        pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True, steps=2, seed=7, resume=True)
+    with pytest.raises(SettingsError, match=r"cannot resume, start was [0-9a-f]{12} and is now new weights"):
+        pg.train(data, bank, tmp_path / "run", TINY, quiet=True, steps=2, resume=True)
