@@ -33,8 +33,13 @@ def dice_loss(p, target):
 
 def presence_loss(presence_logits, target):
     """Cross-entropy of "the target is in this image". presence_logits [B, K], target [B, 1, H, W]."""
-    present = target.flatten(1).amax(1, keepdim=True).expand_as(presence_logits)
+    present = is_present(target).expand_as(presence_logits)
     return F.binary_cross_entropy_with_logits(presence_logits, present, reduction="none")  # [B, K]
+
+
+def is_present(target):
+    """1 where a mask has a pixel, else 0. [B, 1, H, W] -> [B, 1]"""
+    return target.flatten(1).amax(1, keepdim=True)
 
 
 def relative_quality(seg):
@@ -94,7 +99,7 @@ class LossTerms:
     total: torch.Tensor  # what is minimised
     seg: torch.Tensor  # [B, K] L_seg of each phrasing
     mask: torch.Tensor  # [B, K] its focal part, before its weight
-    dice: torch.Tensor  # [B, K]
+    dice: torch.Tensor  # [B, K], zero where the target is absent
     presence: torch.Tensor  # [B, K]
     group: torch.Tensor  # L_group as printed (eq. 7), also where the reading does not add it
     consistency: torch.Tensor
@@ -149,7 +154,10 @@ class GroupLoss:
             )
         target = mask.to(mask_logits.dtype)[:, None]  # [B, 1, H, W]
         p = mask_logits.sigmoid()
-        focal, dice = focal_loss(mask_logits, p, target), dice_loss(p, target)
+        focal = focal_loss(mask_logits, p, target)
+        # Only where the target is: an absent one would pay for empty masks, and a model that answers nothing at all
+        # would have half its groups right and hardly a gradient to leave that state by. SAM3 too trains no mask there.
+        dice = is_present(target) * dice_loss(p, target)
         presence = presence_loss(presence_logits, target)
         seg = self.mask_weight * focal + self.dice_weight * dice + self.presence_weight * presence  # [B, K]
 

@@ -43,7 +43,7 @@ def test_segmentation_terms_equal_their_formulas(group):
             pt = np.where(y == 1, p, 1 - p)
             alpha = np.where(y == 1, 0.25, 0.75)
             focal = (-alpha * (1 - pt) ** 2 * np.log(pt)).mean()
-            dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+            dice = y.any() * (1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1))
             q = sigmoid(presence[b, k].item())
             bce = -np.log(q) if y.any() else -np.log(1 - q)
             assert terms.mask[b, k].item() == pytest.approx(focal, rel=1e-9)
@@ -58,6 +58,18 @@ def test_focal_stays_finite_where_a_log_of_the_probability_would_not():
     loss.sum().backward()
     assert loss.item() == pytest.approx((0.25 + 0.75) / 2 * 200)
     assert torch.isfinite(logits.grad).all()
+
+
+def test_an_absent_target_is_left_to_focal_and_presence():
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    mask = torch.zeros(2, 8, 8)
+    mask[0, :4] = 1
+    terms = GroupLoss(mask_weight=0, presence_weight=0, group="none", consistency="none")(
+        logits, torch.zeros(2, 3), mask
+    )
+    terms.total.backward()
+    assert (terms.dice[0] > 0).all() and (terms.dice[1] == 0).all()
+    assert (logits.grad[0] != 0).any() and (logits.grad[1] == 0).all()
 
 
 def test_dice_of_an_empty_mask_is_defined_and_falls_with_the_prediction():

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import ModelError, SettingsError
 
-# The probability from which SAM3's processor counts a mask in, as a logit. One half would be too high: focal loss with
-# alpha 0.25 pulls probabilities down, and the threshold that is best for Dice lies below one half anyway.
+# Chosen for Dice: where probabilities are calibrated, its best threshold is half the best Dice, so below one half; and
+# focal loss with alpha 0.25 pulls likely pixels down besides. (SAM3's processor keeps queries, not pixels, from 0.3.)
 THRESHOLD = math.log(0.3 / 0.7)
 
 
