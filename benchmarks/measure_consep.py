@@ -2,8 +2,7 @@
 
 Two ways of training on the same images, three seeds each: one fixed phrasing per target, and the full method. Each
 starts from the bundled checkpoint that was trained its way on synthetic tissue. A seed draws other tiles, views and
-phrasings. The test tiles are read once, here; nothing was chosen by them: the number of steps is what fits into 30 CPU
-minutes a run. Needs PGSEG_DATA. Finished runs are kept in
+phrasings. The test tiles are read once, here; nothing was chosen by them. Needs PGSEG_DATA. Finished runs are kept in
 _build/consep and skipped, a killed one resumes. The table and its stamp go to results/.
 """
 
@@ -17,7 +16,7 @@ import pandas as pd
 import pgseg_lite as pg
 from pgseg_lite.results import save_result, stamp
 
-STEPS, SEEDS, FRACTION = 2100, (0, 1, 2), 0.1
+STEPS, VIEW, SEEDS, FRACTION = 2000, 192, (0, 1, 2), 0.1
 METHODS = {"prompt groups": ("group", {}), "one fixed phrasing": ("fixed", dict(wording="fixed", k=1))}
 RUNS = Path("_build/consep")
 
@@ -28,7 +27,7 @@ def train(method, seed, bank, data):
     timing = folder / "timing.json"
     if not timing.exists():
         start, changes = METHODS[method]
-        settings = pg.TrainSettings(steps=STEPS, seed=seed, save_every=200)
+        settings = pg.TrainSettings(steps=STEPS, view=VIEW, seed=seed, save_every=200)
         options = dict(model=pg.load_segmenter("lite", start), resume=(folder / "run.json").exists())
         result = pg.train(data, bank, folder, settings, **options, **changes)
         timing.write_text(json.dumps({"wall_s": result.wall_s, "cpu_s": result.cpu_s}))
@@ -53,7 +52,7 @@ def main(methods):
                 tables.append(table.assign(**facts))
                 scores = table.set_index("target")["mean"]
                 print(f"{method}, seed {seed}, {tiles}: T1 {scores['all']:.4f}, T2 {scores.drop('all').mean():.4f}")
-    settings = asdict(pg.TrainSettings(steps=STEPS)) | {
+    settings = asdict(pg.TrainSettings(steps=STEPS, view=VIEW)) | {
         "fraction": FRACTION,
         "methods": {m: METHODS[m] for m in methods},
     }
