@@ -21,13 +21,10 @@ RUNS = Path("_build/checkpoints")
 
 
 def main():
-    data, bank = pg.load_dataset("synthetic", split="train", size=400), pg.PromptBank.load("nuclei")
+    data, bank, made = pg.load_dataset("synthetic", split="train", size=400), pg.PromptBank.load("nuclei"), {}
     for name, changes in WORDINGS.items():
         folder = RUNS / name
         result = pg.train(data, bank, folder, COMMON, resume=(folder / "run.json").exists(), **changes)
-        target = CHECKPOINTS / f"lite-{name}"
-        shutil.rmtree(target, ignore_errors=True)
-        result.model.save_pretrained(target, dtype=torch.float16)
         settings = asdict(COMMON) | changes
         record = stamp(
             profile="lite",
@@ -37,6 +34,11 @@ def main():
             wall_s=round(result.wall_s),
             bank={"name": bank.name, "digest": bank.digest},
         )
+        made[name] = (result, record)
+    for name, (result, record) in made.items():  # last, or the stamps would find the checkout changed
+        target = CHECKPOINTS / f"lite-{name}"
+        shutil.rmtree(target, ignore_errors=True)
+        result.model.save_pretrained(target, dtype=torch.float16)
         (target / "stamp.json").write_text(json.dumps(record, indent=2) + "\n")
         size = sum(path.stat().st_size for path in target.iterdir())
         print(f"{target}: {size / 1e6:.1f} MB, {result.cpu_s / 60:.1f} CPU minutes")

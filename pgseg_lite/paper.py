@@ -35,6 +35,17 @@ def table(n):
     return frame
 
 
+def imprecise_visual_prompts():
+    """What imprecise mask prompts cost two 3D models, as published (arXiv 2601.16383): a row a radius, 0 for none."""
+    source, records = _source()["imprecise_visual_prompts"], []
+    for row in source["rows"]:
+        curve = enumerate(row["dice"], 1) if isinstance(row["dice"], list) else [(0, row["dice"])]
+        records += [row | {"radius": radius, "dice": dice} for radius, dice in curve]
+    frame = pd.DataFrame(records, columns=["model", "prompt", "radius", "dice"])
+    frame.attrs.update(title=source["title"], source=source["source"])
+    return frame
+
+
 def claims():
     """Every arithmetic claim, part by part: what is claimed, what the tables give, and whether it holds.
 

@@ -245,6 +245,42 @@ def test_every_page_opens_in_a_browser(html, repo, browser):
     assert not problems, "\n".join(problems)
 
 
+# The pictures, labels and alt texts that one slider shows while its handle goes from end to end.
+SLIDE = """(async box => {
+    const input = box.querySelector('input'), image = box.querySelector('img'), seen = [];
+    for (let value = 0; value <= Number(input.max); value++) {
+        input.value = value;
+        input.dispatchEvent(new Event('input'));
+        await image.decode();
+        seen.push([image.src, box.querySelector('output').textContent, image.alt]);
+    }
+    return seen;
+})(document.querySelectorAll('.pgseg-slider')[%d])"""
+
+
+@pytest.mark.browser
+def test_every_slider_moves_its_picture_on_a_page_from_disk_without_a_network(html, repo, browser):
+    sliders = 0
+    for page in pages(repo):
+        browser.open(html / f"{page}.html")
+        for number in range(browser.evaluate("document.querySelectorAll('.pgseg-slider').length")):
+            frames = browser.evaluate(SLIDE % number)
+            pictures, labels, alts = (len(set(column)) for column in zip(*frames, strict=True))
+            assert pictures == labels == alts == len(frames) > 1, f"{page}: slider {number + 1}"
+            sliders += 1
+    assert sliders >= 3
+
+
+@pytest.mark.browser
+def test_a_slider_moves_by_key(html, browser):
+    browser.open(html / "notebooks/00_see_disagreement.html")
+    before = browser.evaluate("document.querySelector('.pgseg-slider img').src")
+    browser.evaluate("document.querySelector('.pgseg-slider input').focus()")
+    for kind in ("rawKeyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+    assert browser.evaluate("document.querySelector('.pgseg-slider img').src") != before
+
+
 @pytest.mark.browser
 def test_the_browser_check_sees_what_it_should(tmp_path, browser):
     page = tmp_path / "bad.html"

@@ -1,14 +1,19 @@
 """Every chapter as it is committed: paired, executed, described, small, and still true when it runs again."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import nbformat
 import pytest
 
 from pgseg_lite import book
+from pgseg_lite.errors import PgsegError
+
+NOT_SECTIONS = ("Exercises", "Recap", "What is next")
 
 NOTEBOOKS = book.chapters(Path(__file__).resolve().parents[1] / "notebooks")
 
@@ -72,6 +77,26 @@ def test_has_one_parameters_cell_with_the_profile(code):
     assert 'PROFILE = "lite"' in parameters.source
 
 
+def test_every_section_ends_in_a_claim(path):
+    last = {"": None}  # heading -> the last code cell under it
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            last |= dict.fromkeys(re.findall(r"^## (.+)$", cell.source, re.MULTILINE))
+        else:
+            last[[*last][-1]] = cell
+    sections = {heading: cell for heading, cell in last.items() if heading not in ("", *NOT_SECTIONS)}
+    assert len(sections) >= 4
+    without = [
+        h for h, cell in sections.items() if not cell or "claim" not in tags(cell) or "assert" not in cell.source
+    ]
+    assert not without, "a section's last cell is tagged `claim` and asserts what the section says"
+
+
+def test_has_exercises_with_hidden_solutions(path):
+    text = path.with_suffix(".md").read_text().partition("## Exercises")[2]
+    assert len(re.findall(r":::\{admonition\} Solution\n:class: dropdown\n", text)) >= 3
+
+
 def test_every_image_has_alt_text(code):
     without = []
     for cell in code:
@@ -86,9 +111,42 @@ def test_is_small(path):
     assert path.stat().st_size < 3_000_000
 
 
+PROBE = """
+contrary = dict(globals())
+exec({falsify!r}, contrary)
+try:
+    exec({claim!r}, contrary)
+except AssertionError:
+    pass
+else:
+    raise RuntimeError({claim!r} + " holds even after " + {falsify!r})
+"""
+
+
+def with_probes(path, folder):
+    """A copy of the chapter that, before each claim, sees the claim fail in a world made contrary to it."""
+    nb = nbformat.read(path, as_version=4)
+    for cell in [cell for cell in nb.cells if "claim" in tags(cell)]:
+        probe = PROBE.format(falsify=cell.metadata["falsify"], claim=cell.source)
+        nb.cells.insert(nb.cells.index(cell), nbformat.v4.new_code_cell(probe))
+    jupytext.write(nb, folder / f"{path.stem}.md", fmt="md:myst")
+    book.sync(folder / path.name)
+    return folder / path.name
+
+
 @pytest.mark.papermill
-def test_runs_at_smoke_from_an_empty_folder(path, tmp_path):
-    book.execute([path], "smoke", tmp_path / "out")
+def test_runs_at_smoke_from_an_empty_folder_and_every_claim_can_fail(path, tmp_path):
+    book.execute([with_probes(path, tmp_path)], "smoke", tmp_path / "out")
+
+
+@pytest.mark.papermill
+def test_a_claim_that_cannot_fail_is_found(tmp_path):
+    text = NOTEBOOKS[0].with_suffix(".md").read_text().partition("# ")[0]
+    text += "```{code-cell} ipython3\n:tags: [claim]\n:falsify: x = 0\n\nx = 1\nassert x\n```\n"
+    (tmp_path / "01_claim_nothing.md").write_text(text)
+    book.sync(tmp_path / "01_claim_nothing.ipynb")
+    with pytest.raises(PgsegError, match="holds even after x = 0"):
+        book.execute([with_probes(tmp_path / "01_claim_nothing.ipynb", tmp_path)], "smoke", tmp_path / "out")
 
 
 @pytest.mark.nbval
