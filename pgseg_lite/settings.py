@@ -27,7 +27,7 @@ class TrainSettings:
     mask_weight: float = 1.0
     dice_weight: float = 1.0
     presence_weight: float = 0.1
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of the steps
     accumulation: int = 1

@@ -88,8 +88,11 @@ class QueryHead(nn.Module):
 
 
 def match(queries, features):
-    """queries [B, K, D + 1] against features [B, D, ...] -> [B, K, ...]; the last entry is the bias."""
-    weight, bias = queries[..., :-1], queries[..., -1:]
+    """queries [B, K, D + 1] against features [B, D, ...] -> [B, K, ...]; the last entry is the bias.
+
+    Over sqrt(D), as in attention: without it logits grow so fast that the consistency term, a square, diverges.
+    """
+    weight, bias = queries[..., :-1] * features.shape[1] ** -0.5, queries[..., -1:]
     logits = torch.matmul(weight, features.flatten(2)) + bias
     return logits.reshape(*weight.shape[:2], *features.shape[2:])
 
