@@ -14,6 +14,7 @@ import pandas as pd
 COLUMNS = ["severity", "check", "target", "phrasing", "detail"]
 MAX_CHARACTERS = 400  # past this it is a paragraph, not a phrasing
 NEAR_COSINE = 0.995  # for MiniLM, even "segment the nuclei" without its "the" is only at 0.93
+FAR_COSINE = 0.45  # "elongated fibres" is at 0.49 from spindle-shaped nuclei, "segment the car" at 0.43 from all nuclei
 MARGIN = 0.1  # of a reader whose scores are 1 for the right target and 0 for the others
 
 # Table 3 of the paper made measurable: the fewest and the most words of a level, the kinds of clause it may have, and
@@ -40,6 +41,7 @@ CLIP_VOCABULARY = 49408
 def lint(bank, encoder=None):
     """All findings, errors first; without an encoder (`encode`, `token_lengths`) none about meaning."""
     found = [*check_text(bank), *check_levels(bank), *check_split(bank), *check_lengths(bank, encoder)]
+    found += check_foils(bank, encoder)
     found += check_meaning(bank, encoder) if encoder else []
     rows = [(severity, check, p.target, p.text, detail) for severity, check, p, detail in found]
     if encoder is None:
@@ -133,10 +135,26 @@ def estimate_tokens(texts):
     return [2 + sum(1 + max(0, math.ceil((len(word) - 6) / 3)) for word in words) for words in pieces]
 
 
+def check_foils(bank, encoder=None):
+    """A foil must not read like its target, yet be near enough to be taken for it."""
+    vectors = unit_vectors(encoder, bank.foils) if encoder and bank.foils else [None] * len(bank.foils)
+    for foil, vector in zip(bank.foils, vectors, strict=True):
+        own = bank.select(foil.target)
+        if same := next((p for p in own if normalise(p.text) == normalise(foil.text)), None):
+            yield "error", "foil", foil, f"reads like '{same.text}' of its own target"
+        elif encoder and (nearest := (unit_vectors(encoder, own) @ vector).max()) < FAR_COSINE:
+            yield "warning", "foil", foil, f"too far from '{foil.target}' to be a foil (cosine {nearest:.2f})"
+
+
+def unit_vectors(encoder, phrasings):
+    """[N, D], one vector of length 1 a phrasing."""
+    vectors = np.asarray(encoder.encode([p.text for p in phrasings]), dtype=np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def check_meaning(bank, encoder):
     """Near-duplicates within a target, and phrasings that read like another target than their own."""
-    vectors = np.asarray(encoder.encode([p.text for p in bank.phrasings]), dtype=np.float64)  # [N, D]
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = unit_vectors(encoder, bank.phrasings)  # [N, D]
     targets = np.array([bank.targets.index(p.target) for p in bank.phrasings])  # [N]
     alike = np.triu(vectors @ vectors.T, k=1) * (targets[:, None] == targets)  # [N, N]
     for i, j in np.argwhere(alike > NEAR_COSINE):

@@ -22,7 +22,8 @@ BANKS = Path(__file__).parent / "banks"
 _ENTRIES = [{"text": str, "heldout": bool}]  # or just the text
 _LEVEL = {"templates": _ENTRIES, "verbs": _ENTRIES, "places": _ENTRIES}
 _TARGET = {"fixed": str, "nouns": _ENTRIES, "exclusions": _ENTRIES, "phrasings": dict.fromkeys(LEVELS, _ENTRIES)}
-_FILE = {"name": str, "split": str, "levels": dict.fromkeys(LEVELS, _LEVEL), "targets": {"*": _TARGET}}
+_FOILS = [{"text": str, "target": str, "asks_for": object}]
+_FILE = {"name": str, "split": str, "levels": dict.fromkeys(LEVELS, _LEVEL), "targets": {"*": _TARGET}, "foils": _FOILS}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Phrasing:
     split: str
     noun: str  # "" for a literal phrasing
     template: str  # the text itself for a literal phrasing
+
+
+@dataclass(frozen=True)
+class Foil:
+    """A text that resembles a target's phrasings and asks for something else."""
+
+    text: str
+    target: str  # whose phrasing it resembles
+    asks_for: str | None  # the target it really asks for; None: the bank has no mask for that
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ class PromptBank:
     split_name: str
     targets: tuple[str, ...]  # "all" first when there is one, then the categories
     phrasings: tuple[Phrasing, ...]  # by target in file order, its fixed phrasing first
-    digest: str
+    digest: str  # of the phrasings alone
+    foils: tuple[Foil, ...] = ()  # in file order
 
     @classmethod
     def load(cls, name_or_path="nuclei"):
@@ -66,15 +77,17 @@ class PromptBank:
         path = path if path.is_file() else Path(name_or_path)
         content = _read_yaml(path)
         try:
-            content = {"name": path.stem, "split": "unnamed", "levels": {}, "targets": {}} | _checked(content, _FILE)
+            empty = {"name": path.stem, "split": "unnamed", "levels": {}, "targets": {}, "foils": []}
+            content = empty | _checked(content, _FILE)
             if not content["targets"]:
                 raise BankError("there are no targets; add at least one under 'targets'")
             targets = tuple(sorted(content["targets"], key=lambda target: target != "all"))  # a stable sort
             phrasings = tuple(p for t in targets for p in _expand(t, content["targets"][t], content["levels"]))
+            foils = tuple(_foil(i, row, targets, phrasings) for i, row in enumerate(content["foils"]))
         except BankError as error:
             raise BankError(f"{path}: {error}") from None
         digest = hashlib.sha256(json.dumps([astuple(p) for p in phrasings]).encode()).hexdigest()[:12]
-        return cls(content["name"], content["split"], targets, phrasings, digest)
+        return cls(content["name"], content["split"], targets, phrasings, digest, foils)
 
     def select(self, target=None, levels=LEVELS, split=None):
         """Phrasings in bank order; None stands for every target or split."""
@@ -124,13 +137,14 @@ def _read_yaml(path):
 
 
 def _checked(value, schema, field=""):
-    """The value, once it is what the schema says; a list's entries as (text, heldout)."""
+    """The value, once it is what the schema says; a list's entries as tuples, in the schema's order."""
     here = field or "the file"
     if isinstance(schema, list):
         if not isinstance(value, list) or not value:
             raise BankError(f"{here} must be a list with at least one entry; fill it or remove it")
         rows = [entry if isinstance(entry, dict) else {"text": entry} for entry in value]
-        rows = [{"text": None, "heldout": False} | row for row in rows]
+        blank = {key: False if kind is bool else None for key, kind in schema[0].items()}
+        rows = [blank | row for row in rows]
         return [tuple(_checked(row, schema[0], f"{field}[{i}]").values()) for i, row in enumerate(rows)]
     if schema is str and not (isinstance(value, str) and value.strip()):
         raise BankError(f"{here} must be text, found {value!r}; write words, in quotes")
@@ -146,6 +160,22 @@ def _checked(value, schema, field=""):
             wanted = "put the name in quotes" if "*" in schema else f"use one of {', '.join(schema)}"
             raise BankError(f"{here} has an unknown key {key!r}; {wanted}")
     return {k: _checked(part, schema.get(k, schema.get("*")), f"{field}.{k}".strip(".")) for k, part in value.items()}
+
+
+def _foil(i, row, targets, phrasings):
+    """One foil, once it names targets of this bank and is no phrasing but of the target that it asks for."""
+    foil, known = Foil(*row), ", ".join(targets)
+    here = f"foils[{i}] {foil.text!r}"
+    if foil.target not in targets:
+        raise BankError(f"{here} is for the target {foil.target!r}; choose from {known}")
+    if foil.asks_for not in (None, *targets):
+        raise BankError(f"{here} asks for {foil.asks_for!r}; choose from {known}, or null for none of them")
+    if foil.asks_for == foil.target:
+        raise BankError(f"{here} asks for its own target '{foil.target}'; name another one, or null")
+    for p in phrasings:
+        if p.text == foil.text and p.target != foil.asks_for:
+            raise BankError(f"{here} is a phrasing of '{p.target}' too; remove one of the two")
+    return foil
 
 
 def _expand(target, entry, levels):

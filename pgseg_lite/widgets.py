@@ -55,25 +55,38 @@ def jpeg_url(figure):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def live(draw, **controls):
+    """Controls, and under them the figure that `draw(**values)` returns with its alt text. Needs a running kernel.
+
+    The figure is an image in an HTML widget: unlike an Output widget it keeps its alt text and shows on a page too.
+    """
+    import ipywidgets
+
+    picture = ipywidgets.HTML()
+
+    def redraw(_=None):
+        figure, alt = draw(**{name: control.value for name, control in controls.items()})
+        alt, width = html.escape(alt, quote=True), round(96 * figure.get_figwidth())
+        picture.value = f'<img src="{jpeg_url(figure)}" alt="{alt}" style="width:{width}px;max-width:100%">'
+
+    for name, control in controls.items():
+        control.description = control.description or name
+        control.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([*controls.values(), picture])
+
+
 def ask(model, image, prompt="nuclei"):
     """A text field and the mask for whatever is typed into it. Needs a running kernel."""
     import ipywidgets
-    from IPython.display import display
 
-    from .plots import show, show_masks
+    from .plots import show_masks
 
     features = model.encode_image(image)  # once: each phrasing costs only its own decoding
-    field = ipywidgets.Text(value=prompt, description="phrasing", continuous_update=False)
-    output = ipywidgets.Output()
 
-    def answer(_=None):
-        text = field.value.strip() or prompt
+    def draw(phrasing):
+        text = phrasing.strip() or prompt
         mask = model.decode(features, model.encode_text([text])).masks[0].cpu().numpy()
-        with output:
-            output.clear_output(wait=True)
-            show(show_masks(image, mask, [text]), alt=f"Outline of the mask for the phrasing: {text}")
+        return show_masks(image, mask, [text]), f"Outline of the mask for the phrasing: {text}"
 
-    field.observe(answer, names="value")
-    answer()
-    display(ipywidgets.VBox([field, output]))
-    return field
+    return live(draw, phrasing=ipywidgets.Text(value=prompt, continuous_update=False))

@@ -1,6 +1,7 @@
 """Every check of the linter finds its own kind of fault, and the bundled bank has no error."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from pgseg_lite import lint as linter
 from pgseg_lite.lint import COLUMNS, clip_counter, estimate_tokens, lint, normalise
 from pgseg_lite.models.text import TextEncoder, find_encoder
-from pgseg_lite.prompts import LEVELS, PromptBank
+from pgseg_lite.prompts import LEVELS, Foil, PromptBank
 
 # Tokens with start and end, counted with the vocabulary that OpenAI published with CLIP.
 CLIP_TOKENS = {
@@ -25,7 +26,7 @@ class Bags:
     """A stand-in for the sentence encoder: one direction a word, so that shared words mean closeness."""
 
     def __init__(self, bank):
-        words = sorted({word for p in bank.phrasings for word in normalise(p.text).split()})
+        words = sorted({word for p in (*bank.phrasings, *bank.foils) for word in normalise(p.text).split()})
         self.index = {word: i for i, word in enumerate(words)}
 
     def encode(self, texts):
@@ -79,7 +80,7 @@ def test_the_bundled_bank_has_no_error_and_keeps_its_levels(bundled):
     findings = lint(bundled, Bags(bundled))
     assert list(findings.columns) == COLUMNS
     assert findings[findings.severity == "error"].empty
-    assert set(findings.check) <= {"cut", "near-duplicate", "not-equivalent"}
+    assert set(findings.check) <= {"cut", "near-duplicate", "not-equivalent", "foil"}  # a bag of words knows no kinship
 
 
 def test_a_few_of_the_bundled_high_phrasings_are_cut_and_only_for_sam3(bundled, monkeypatch):
@@ -227,6 +228,28 @@ targets:
         "0.9979), one train and one held out",
         "0.9959), one train and one held out",
     ]
+
+
+FOILS = """
+targets: {a: {fixed: glands, phrasings: {low: [glands, segment glands]}}, b: {fixed: veins, phrasings: {low: [veins]}}}
+foils: [{text: lumen of glands, target: a}, {text: "Segment: glands!", target: a}, {text: red veins, target: a},
+  {text: veins, target: a, asks_for: b}]
+"""
+
+
+def test_a_foil_that_is_no_foil(make):
+    bank = make(FOILS)
+    same = ("error", "Segment: glands!", "reads like 'segment glands' of its own target")
+    assert rows(lint(bank), "foil") == [same]  # nearness is a matter of meaning
+    far = [("warning", text, "too far from 'a' to be a foil (cosine 0.00)") for text in ("red veins", "veins")]
+    assert rows(lint(bank, Bags(bank)), "foil") == [same, *far]
+
+
+def test_minilm_finds_the_bundled_foils_near_and_other_subjects_far(bundled, minilm):
+    assert list(linter.check_foils(bundled, minilm)) == []
+    strangers = [Foil("segment the car", "all", None), Foil("a dog on the grass", "dead", None)]
+    found = list(linter.check_foils(replace(bundled, foils=strangers), minilm))
+    assert [(severity, foil) for severity, _, foil, _ in found] == [("warning", foil) for foil in strangers]
 
 
 def test_minilm_finds_a_phrasing_under_the_wrong_target(make, minilm):

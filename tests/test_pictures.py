@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from IPython.utils.capture import capture_output
 
 from pgseg_lite import plots, widgets
 from pgseg_lite.errors import SettingsError
@@ -101,7 +100,11 @@ def test_ask_answers_each_phrasing_from_one_encoding(image):
     calls = []
     encode = model.encode_image
     model.encode_image = lambda image: calls.append(1) or encode(image)
-    with capture_output():
-        field = widgets.ask(model, image)
-        field.value = "lymphocytes"
+    field, picture = widgets.ask(model, image).children
+    shown = [picture.value]
+    for text in ("lymphocytes", 'a "quoted" <wish>', " "):  # the last stands for the first phrasing again
+        field.value = text
+        shown.append(picture.value)
+    assert "phrasing: lymphocytes" in shown[1] and "&quot;quoted&quot; &lt;wish&gt;" in shown[2]
+    assert shown[3] == shown[0] and field.description == "phrasing"
     assert len(calls) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pgseg_lite.errors import BankError
-from pgseg_lite.prompts import BANKS, LEVELS, SPLITS, PromptBank
+from pgseg_lite.prompts import BANKS, LEVELS, SPLITS, Foil, PromptBank
 
 TARGETS = ("all", "neoplastic", "inflammatory", "connective", "dead", "epithelial", "spindle", "other")
 GRAMMAR = """
@@ -157,6 +157,22 @@ def test_digest_follows_the_content(write):
     assert one.digest != two.digest and len(one.digest) == 12
 
 
+def test_bundled_foils_cover_every_target_and_stand_in_no_group(bank):
+    assert min(Counter(foil.target for foil in bank.foils)[target] for target in TARGETS) >= 5
+    assert {foil.asks_for for foil in bank.foils} > {None, "all", "neoplastic", "inflammatory", "epithelial"}
+    assert len(set(bank.foils)) == len(bank.foils)
+    assert not {foil.text for foil in bank.foils} & {p.text for p in bank.phrasings}
+
+
+FOILS = "foils: [{text: tubes, target: all, asks_for: vessels}, {text: blood vessel, target: vessels}]"
+
+
+def test_foils_load_and_leave_phrasings_and_digest_alone(write):
+    plain, with_foils = PromptBank.load(write(GRAMMAR)), PromptBank.load(write(GRAMMAR + FOILS))
+    assert with_foils.foils == (Foil("tubes", "all", "vessels"), Foil("blood vessel", "vessels", None))
+    assert plain.foils == () and (plain.phrasings, plain.digest) == (with_foils.phrasings, with_foils.digest)
+
+
 LISTED = "targets: {glands: {fixed: glands, phrasings: {low: [glands]}}}"
 BAD_BANKS = {
     "not yaml": ("targets: [", r"bank.yaml, line 1: not a valid bank"),
@@ -224,6 +240,32 @@ BAD_BANKS = {
     "no templates": (
         GRAMMAR.replace(', templates: ["{verb} {noun}", "{noun}"]', ""),
         r"targets.all has no phrasings; add",
+    ),
+    "foils no list": (LISTED + "\nfoils: {text: x}", r"foils must be a list with at least one entry"),
+    "foil without target": (LISTED + "\nfoils: [gland]", r"foils\[0\].target must be text, found None"),
+    "foil of another bank": (
+        GRAMMAR + FOILS.replace("target: all", "target: ducts"),
+        r"foils\[0\] 'tubes' is for the target 'ducts'; choose from all, vessels",
+    ),
+    "foil that asks for an unknown target": (
+        GRAMMAR + FOILS.replace("asks_for: vessels", "asks_for: [vessels]"),
+        r"'tubes' asks for \['vessels'\]; choose from all, vessels, or null",
+    ),
+    "foil that asks for its own target": (
+        GRAMMAR + FOILS.replace("asks_for: vessels", "asks_for: all"),
+        r"'tubes' asks for its own target 'all'; name another",
+    ),
+    "foil that is a phrasing of its target": (
+        GRAMMAR + FOILS.replace("text: tubes", "text: objects"),
+        r"foils\[0\] 'objects' is a phrasing of 'all' too; remove one",
+    ),
+    "foil that is a phrasing of a third target": (
+        GRAMMAR + FOILS.replace("text: tubes", "text: vessels").replace("asks_for: vessels", "asks_for: null"),
+        r"foils\[0\] 'vessels' is a phrasing of 'vessels' too; remove one",
+    ),
+    "unknown key of a foil": (
+        GRAMMAR + FOILS.replace("asks_for", "asks"),
+        r"foils\[0\] has an unknown key 'asks'; use one of text, target, asks_for",
     ),
     "unknown part of a level": (GRAMMAR.replace("verbs:", "verb:"), r"levels.low has an unknown key 'verb'"),
 }
