@@ -76,11 +76,13 @@ def check_pairs(notebooks: list[Path]) -> list[str]:
 def sync(notebook: Path) -> None:
     """Write the .ipynb anew from its .md; a cell whose source is unchanged keeps its id and outputs."""
     new, kept = read(notebook.with_suffix(".md")), {}
-    for cell in read(notebook).cells if notebook.exists() else ():
+    old = read(notebook) if notebook.exists() else new
+    new.metadata |= {k: v for k, v in old.metadata.items() if k == "widgets"}  # what the kept outputs refer to
+    for cell in old.cells:
         kept.setdefault((cell.cell_type, cell.source.strip()), []).append(cell)
     for cell in new.cells:
-        if old := kept.get((cell.cell_type, cell.source.strip())):
-            cell.update({k: v for k, v in old.pop(0).items() if k in ("id", "outputs", "execution_count")})
+        if same := kept.get((cell.cell_type, cell.source.strip())):
+            cell.update({k: v for k, v in same.pop(0).items() if k in ("id", "outputs", "execution_count")})
     write(new, notebook)
 
 

@@ -94,6 +94,7 @@ def test_sync_keeps_outputs_of_unchanged_cells_only(chapter):
     def run(nb):
         for count, cell in enumerate((c for c in nb.cells if c.cell_type == "code"), 1):
             cell.update(execution_count=count, outputs=[new_output("stream", text=f"{count}\n")])
+        nb.metadata["widgets"] = {"state": {"1": "a slider at 3"}}
 
     edit(chapter, run)
     before = nbformat.read(chapter, as_version=4)
@@ -103,7 +104,8 @@ def test_sync_keeps_outputs_of_unchanged_cells_only(chapter):
     assert book.check_pairs([chapter]) == []
     assert [len(c.outputs) for c in after.cells if c.cell_type == "code"] == [1, 1, 0]
     assert [c.id for c in after.cells[:3]] == [c.id for c in before.cells[:3]]
-    assert set(after.metadata) == {"kernelspec", "language_info"}
+    assert set(after.metadata) == {"kernelspec", "language_info", "widgets"}
+    assert after.metadata["widgets"] == before.metadata["widgets"]
 
 
 @pytest.mark.papermill
