@@ -137,13 +137,17 @@ def estimate_tokens(texts):
 
 def check_foils(bank, encoder=None):
     """A foil must not read like its target, yet be near enough to be taken for it."""
-    vectors = unit_vectors(encoder, bank.foils) if encoder and bank.foils else [None] * len(bank.foils)
-    for foil, vector in zip(bank.foils, vectors, strict=True):
-        own = bank.select(foil.target)
-        if same := next((p for p in own if normalise(p.text) == normalise(foil.text)), None):
-            yield "error", "foil", foil, f"reads like '{same.text}' of its own target"
-        elif encoder and (nearest := (unit_vectors(encoder, own) @ vector).max()) < FAR_COSINE:
-            yield "warning", "foil", foil, f"too far from '{foil.target}' to be a foil (cosine {nearest:.2f})"
+    for target in dict.fromkeys(foil.target for foil in bank.foils):
+        foils, own = [foil for foil in bank.foils if foil.target == target], bank.select(target)
+        reads = {normalise(p.text): p for p in reversed(own)}  # the first phrasing of each
+        nearest = np.ones(len(foils))
+        if encoder:
+            nearest = (unit_vectors(encoder, foils) @ unit_vectors(encoder, own).T).max(axis=1)
+        for foil, cosine in zip(foils, nearest, strict=True):
+            if same := reads.get(normalise(foil.text)):
+                yield "error", "foil", foil, f"reads like '{same.text}' of its own target"
+            elif cosine < FAR_COSINE:
+                yield "warning", "foil", foil, f"too far from '{target}' to be a foil (cosine {cosine:.2f})"
 
 
 def unit_vectors(encoder, phrasings):

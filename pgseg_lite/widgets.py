@@ -58,7 +58,7 @@ def jpeg_url(figure):
 def live(draw, **controls):
     """Controls, and under them the figure that `draw(**values)` returns with its alt text. Needs a running kernel.
 
-    The figure is an image in an HTML widget: unlike an Output widget it keeps its alt text and shows on a page too.
+    The figure is an image in an HTML widget: unlike an Output widget it keeps its alt text and waits for no messages.
     """
     import ipywidgets
 
