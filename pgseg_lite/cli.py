@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import __version__
 from .errors import PgsegError, SettingsError
+from .experiments import EXPERIMENTS
 from .prompts import LEVELS, PromptBank
 from .settings import PER_LEVEL, PROFILES, TrainSettings
 
@@ -50,6 +51,23 @@ def build_parser():
     scores.add_argument("--profile", choices=PROFILES, default="lite", help=f"sets --per-level: {PER_LEVEL}")
     scores.add_argument("--per-level", type=int, help="phrasings a target and level; 0 for all")
     scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
+
+    experiment = command(commands, run_experiment, "experiment", "run a named grid of trainings and store its tables")
+    experiment.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
+    experiment.add_argument("--profile", choices=PROFILES, default="lite", help="how long, how large, how many seeds")
+    experiment.add_argument("--jobs", type=int, help="runs at a time on this machine; by default one for each GPU")
+    experiment.add_argument(
+        "--scheduler", metavar="ADDRESS", help="send the runs to the workers of this Dask scheduler"
+    )
+    experiment.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("_build/experiments"),
+        help="where runs are kept; what is there is not run again",
+    )
+    experiment.add_argument(
+        "--output", type=Path, default=Path("results"), help="folder for the tables and their stamps"
+    )
 
     prompts = group(commands, "prompts", "look at and check prompt banks")
     listing = command(prompts, run_prompts_list, "list", "count a bank's phrasings, or print those of one target")
@@ -157,6 +175,25 @@ def run_evaluate(args):
     print(table[["mean", "sd", "range", "worst", "agreement", "flips", "false_area", "images"]].round(3).to_string())
     for target, row in table.dropna(subset="worst").iterrows():
         print(f"worst for {target}: {row['worst_phrasing']!r}, Dice {row['worst']:.3f}")
+
+
+def run_experiment(args):
+    from .results import save_result, stamp
+    from .runner import run_experiment
+    from .tables import scores
+
+    options = dict(jobs=args.jobs, scheduler=args.scheduler, folder=args.folder)
+    tables = run_experiment(args.name, args.profile, **options)
+    for table, frame in tables.items():
+        record = stamp(profile=args.profile, experiment=args.name, **frame.attrs["facts"])
+        name = args.name if table == "by_image" else f"{args.name}_phrasings"
+        print(save_result(name, frame, record, args.output))
+    seen = scores(tables["by_image"]).query("measure == 'dice' and level == 'any'")
+    print(
+        (100 * seen.groupby(["test", "split", "method", "task"], sort=False)["value"].mean().unstack())
+        .round(2)
+        .to_string()
+    )
 
 
 def run_prompts_list(args):

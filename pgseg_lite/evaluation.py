@@ -8,7 +8,7 @@ from tqdm import tqdm
 from .errors import BankError, ModelError, SettingsError
 from .metrics import areas, bootstrap_means, dice, flip_share, group_agreement, interval, iou, pack
 from .models.base import SegmentationOutput
-from .prompts import LEVELS
+from .prompts import LEVELS, Phrasing
 
 CHUNK = 64  # phrasings decoded at once: bounds memory, changes nothing
 
@@ -16,7 +16,8 @@ CHUNK = 64  # phrasings decoded at once: bounds memory, changes nothing
 def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, quiet=False):
     """Records of `model` on every image of `data`, for every target the dataset has.
 
-    `per_level` phrasings a target and level, evenly spaced in the bank's order (None for all).
+    `per_level` phrasings a target and level, evenly spaced in the bank's order (None for all). `split` is heldout,
+    train, or foils: texts that resemble a target's phrasings and ask for something else, so that a high Dice is bad.
     A row holds dice and iou (empty-mask convention: `metrics`), presence (probability), area_true and
     area_pred (shares of the image), absent (the target is not in this image), agreement (mean IoU of this
     mask with the others of its group) and flips (share of the image on which the group does not agree).
@@ -48,6 +49,8 @@ COLUMNS = (
 
 
 def choose(bank, target, levels, split, per_level):
+    if split == "foils":  # asked as if they were phrasings of the target that they resemble
+        return [Phrasing(f.text, target, "foil", "foils", "", f.text) for f in bank.foils if f.target == target]
     chosen = []
     for level in levels:
         found = bank.select(target, levels=(level,), split=split)

@@ -66,13 +66,17 @@ def bootstrap_means(values, n=2000, seed=0):
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not len(values):
         raise SettingsError(f"bootstrap_means() got {list(values.shape)}; give it [n_images, M], n_images > 0")
-    images = len(values)
-    chosen = np.random.default_rng(seed).integers(images, size=(n, images))
-    chosen += images * np.arange(n)[:, None]  # so that one bincount counts every resample
-    weights = np.bincount(chosen.ravel(), minlength=n * images).reshape(n, images).astype(np.float64)
+    weights = bootstrap_weights(len(values), n, seed)
     known = ~np.isnan(values)
     sums, counts = weights @ np.where(known, values, 0.0), weights @ known  # [n, M] each
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def bootstrap_weights(units, n=2000, seed=0):
+    """How often each of the units is drawn in each of n resamples: [n, units]; every row sums to `units`."""
+    chosen = np.random.default_rng(seed).integers(units, size=(n, units))
+    chosen += units * np.arange(n)[:, None]  # so that one bincount counts every resample
+    return np.bincount(chosen.ravel(), minlength=n * units).reshape(n, units).astype(np.float64)
 
 
 def interval(samples, level=0.95):

@@ -9,6 +9,16 @@ import numpy as np
 from .errors import SettingsError
 
 TRUE_COLOUR, MASK_COLOUR = "#009e73", "#e60049"  # told apart without colour vision too: truth is dashed
+# One colour a method, throughout the book; told apart without colour vision (Okabe and Ito).
+METHOD_COLOURS = {
+    "one fixed phrasing": "#d55e00",
+    "one random phrasing": "#e69f00",
+    "K phrasings, L_seg only": "#009e73",
+    "w/o L_group, L_cons": "#009e73",
+    "full method": "#0072b2",
+    "prompt groups": "#0072b2",
+}
+OTHER_COLOUR, PAPER_COLOUR = "#555555", "#999999"
 PANEL, TITLE_WIDTH = 2.2, 34  # inches a panel, characters a line of its title
 
 
@@ -84,6 +94,71 @@ def show_history(history, terms=("seg", "mask", "dice", "presence", "group", "co
         axis.grid(alpha=0.3)
     plt.close(figure)
     return figure
+
+
+def show_methods(compared, seeds, measure="dice", paper=None, xlabel="Dice (%)"):
+    """Each method's mean with its 95 % interval, a dot a seed; a panel a task.
+
+    compared: rows of `tables.compare` for one test, in percent. seeds: `tables.scores` of the same, in percent.
+    paper: {method: {task: figure}} is drawn as hollow diamonds.
+    """
+    import seaborn as sns
+
+    rows, seeds = compared[compared["measure"] == measure], seeds[seeds["measure"] == measure]
+    methods, tasks = list(rows["method"].unique()), list(rows["task"].unique())
+    figure, axes = rows_of_methods(methods, len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        part = rows[rows["task"] == task].set_index("method")
+        dots = seeds[seeds["task"] == task]
+        sns.stripplot(dots, x="value", y="method", order=methods, color="#bbbbbb", size=4, jitter=0, ax=axis, zorder=1)
+        for y, method in enumerate(methods):
+            row, colour = part.loc[method], METHOD_COLOURS.get(method, OTHER_COLOUR)
+            axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, solid_capstyle="round")
+            axis.plot(row["value"], y, "o", color=colour, ms=7)
+            axis.annotate(
+                f"{row['value']:.1f}", (row["value"], y), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+            if printed := (paper or {}).get(method, {}).get(task):
+                axis.plot(printed, y, "D", mfc="white", mec=PAPER_COLOUR, ms=6)
+        axis.set(title=task, xlabel=xlabel, ylabel="")
+    return figure
+
+
+def show_differences(compared, reference, measure="dice", xlabel="difference in Dice (points)"):
+    """Each method minus the reference with its 95 % interval; filled where that is decided, hollow where it is not."""
+    rows = compared[(compared["measure"] == measure) & (compared["method"] != reference)]
+    methods, tasks = list(rows["method"].unique()), list(rows["task"].unique())
+    figure, axes = rows_of_methods(methods, len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        part = rows[rows["task"] == task].set_index("method")
+        axis.axvline(0, color="black", lw=0.8)
+        for y, method in enumerate(methods):
+            if method not in part.index:
+                continue
+            row, colour = part.loc[method], METHOD_COLOURS.get(method, OTHER_COLOUR)
+            face = "white" if row["verdict"] == "undecided" else colour
+            axis.plot([row["difference_low"], row["difference_high"]], [y, y], color=colour, lw=2, zorder=1)
+            axis.plot(row["difference"], y, "o", mfc=face, mec=colour, ms=7, mew=1.5)
+            label, place = f"{row['difference']:+.1f}", (row["difference"], y)
+            axis.annotate(label, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axis.set(title=f"{task}, minus {reference}", xlabel=xlabel, ylabel="")
+    return figure
+
+
+def rows_of_methods(methods, count):
+    """A white figure with `count` panels side by side that share a row for each method, the first on top."""
+    size = (4.4 * count + 0.6, 0.42 * len(methods) + 1.1)
+    figure, axes = plt.subplots(
+        1, count, figsize=size, sharey=True, squeeze=False, layout="constrained", facecolor="white"
+    )
+    for axis in axes.flat:
+        axis.set_yticks(range(len(methods)), methods, fontsize=9)
+        axis.set_ylim(len(methods) - 0.5, -0.7)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    plt.close(figure)
+    return figure, list(axes.flat)
 
 
 def png(figure, dpi=100):

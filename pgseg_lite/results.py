@@ -55,14 +55,20 @@ def save_result(name, frame, stamp, root="results"):
     return Path(root, f"{name}.csv")
 
 
-def load_result(name, root=None):
-    """The table, its stamp in .attrs["stamp"]; without a root, from the nearest results/ upward that has it."""
+def find_result(file, root=None):
+    """root/FILE; without a root, from the nearest results/ upward that has it."""
     checkout = Path(__file__).parents[1]  # a notebook may run anywhere
     roots = [Path(root)] if root else [above / "results" for above in (Path.cwd(), *Path.cwd().parents, checkout)]
-    path = next((place / f"{name}.csv" for place in roots if (place / f"{name}.csv").is_file()), None)
+    path = next((place / file for place in roots if (place / file).is_file()), None)
     if path is None:
         upward = "" if root else " or in a results folder above it"
-        raise ResultError(f"there is no {name}.csv in {roots[0]}{upward}; run what measures it")
+        raise ResultError(f"there is no {file} in {roots[0]}{upward}; run what measures it")
+    return path
+
+
+def load_result(name, root=None):
+    """The table, its stamp in .attrs["stamp"]; without a root, from the nearest results/ upward that has it."""
+    path = find_result(f"{name}.csv", root)
     try:
         stamp = json.loads(path.with_suffix(".json").read_bytes())
     except (OSError, ValueError) as error:

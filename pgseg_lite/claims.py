@@ -1,0 +1,71 @@
+"""What the book's prose says of its own measurements: each figure read off a stored table, and none typed.
+
+results/claims.yaml names them. A chapter calls `tell(chapter)` once and writes {glue:text}`name` where a figure
+belongs; the claims page lists them all, and a test recomputes what the pages show.
+"""
+
+from functools import cache
+
+import pandas as pd
+import yaml
+
+from .errors import ResultError
+from .results import find_result, load_result
+from .tables import compare
+
+FIELDS = ("chapter", "says", "result", "where", "show", "tolerance")
+
+
+def load():
+    """Every claim by name: chapter, says, result, reference, where, column, show (a format), tolerance."""
+    path = find_result("claims.yaml")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, entry in entries.items():
+        if missing := [field for field in FIELDS if field not in entry]:
+            raise ResultError(f"{path}: claim {name} lacks {', '.join(missing)}")
+    return entries
+
+
+@cache
+def compared(result, reference):
+    """The stored table's comparison with a reference method, Dice and its kin in percent."""
+    return in_percent(compare(load_result(result), reference))
+
+
+def in_percent(table):
+    """Everything that a comparison holds but the effect size, times 100."""
+    columns = ["value", "low", "high", "difference", "difference_low", "difference_high"]
+    return table.assign(**{column: 100 * table[column] for column in columns})
+
+
+def value(claim):
+    """What the stored table says: the `column` of the one row that `where` picks."""
+    table = compared(claim["result"], claim["reference"]) if "reference" in claim else load_result(claim["result"])
+    where = {"measure": "dice", "level": "any"} | claim["where"] if "reference" in claim else claim["where"]
+    for column, wanted in where.items():
+        table = table[table[column] == wanted]
+    if len(table) != 1:
+        raise ResultError(f"{claim['result']}: {len(table)} rows fit {where}; a claim needs exactly one")
+    return table[claim.get("column", "value")].iloc[0]
+
+
+def table(chapter=None):
+    """The claims of a chapter, or of all, as the claims page shows them."""
+    rows = [
+        {"claim": name, "chapter": c["chapter"], "says": c["says"], "shown": c["show"].format(value(c)),
+         "tolerance": c["tolerance"], "record": f"results/{c['result']}.csv"}
+        for name, c in load().items() if chapter in (None, c["chapter"])
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["claim", "chapter", "says", "shown", "tolerance", "record"])
+
+
+def tell(chapter):
+    """Hand the chapter's figures to its prose: {glue:text}`name` prints what the stored table gives."""
+    from IPython.display import display
+
+    shown = table(chapter)
+    for row in shown.itertuples():
+        record = {"application/papermill.record/text/plain": row.shown}
+        about = {"scrapbook": {"name": row.claim, "mime_prefix": "application/papermill.record/"}}
+        display(record, metadata=about, raw=True)
+    print(f"{len(shown)} figures of this chapter's prose come from {', '.join(sorted(set(shown['record'])))}")
