@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from multiprocessing import get_context
@@ -184,46 +185,39 @@ def is_finished(home, tests):
     )
 
 
-class workers:
-    """The processes that runs are sent to: of this machine, or those of a Dask cluster that is already there.
+@contextmanager
+def workers(jobs, scheduler):
+    """An executor that runs are sent to, and how many go at a time: this machine's, or a Dask cluster's.
 
     Dask, because its client is one `pip install` away, hands out the same executor as the standard library does, and
     starts on laptops, over SSH, on Slurm and on Kubernetes by commands that are not ours to maintain.
     """
+    if scheduler:
+        with connect(scheduler) as client:
+            yield client.get_executor(pure=False), sum(client.nthreads().values())
+        return
+    import torch
 
-    def __init__(self, jobs, scheduler):
-        self.jobs, self.scheduler = jobs, scheduler
-
-    def __enter__(self):
-        if self.scheduler:
-            self.client = connect(self.scheduler)
-            self.pool = self.client.get_executor(pure=False)
-            return self.pool, sum(self.client.nthreads().values())
-        import torch
-
-        gpus = torch.cuda.device_count()
-        jobs = self.jobs or max(1, gpus)
-        context = get_context("spawn")
-        turns = context.Queue()
-        for turn in range(jobs):
-            turns.put(turn % gpus if gpus else None)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.pool = ProcessPoolExecutor(jobs, context, initializer=take_place, initargs=(turns, threads))
-        return self.pool, jobs
-
-    def __exit__(self, kind, *_):
-        self.pool.shutdown(wait=kind is None, cancel_futures=kind is not None)
-        if self.scheduler:
-            self.client.close()
+    gpus = torch.cuda.device_count()
+    jobs, context = jobs or max(1, gpus), get_context("spawn")
+    turns = context.Queue()
+    for turn in range(jobs):
+        turns.put(turn % gpus if gpus else None)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, context, initializer=take_place, initargs=(turns, threads))
+    try:
+        yield pool, jobs
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def connect(address):
+def connect(address, wait_s=10):
     try:
         from distributed import Client
     except ImportError as error:
         raise SettingsError("a scheduler needs Dask here too; run `pip install distributed`") from error
     try:
-        return Client(address, timeout=10)
+        return Client(address, timeout=wait_s)
     except (OSError, TimeoutError, ValueError) as error:
         said = f"no Dask scheduler answers at {address} ({type(error).__name__})"
         raise SettingsError(f"{said}; start one with `dask scheduler`, and workers with `dask worker`") from error

@@ -1,0 +1,141 @@
+"""Tables of the book: means by image against the records they come from, and comparisons whose truth is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import pgseg_lite as pg
+from pgseg_lite.errors import ResultError
+from pgseg_lite.tables import MEASURES, by_image, by_phrasing, compare, scores, worst_phrasings
+
+
+@pytest.fixture(scope="module")
+def records():
+    data = pg.load_dataset("synthetic", split="test", size=3, tile=128)
+    return pg.evaluate(pg.load_segmenter("lite", "group", "cpu"), data, pg.PromptBank.load(), per_level=3, quiet=True)
+
+
+def test_by_image_holds_what_robustness_holds(records):
+    table = by_image(records)
+    stated = pg.robustness(records, by=("target",)).set_index("target")
+    for target, part in table.groupby("target"):
+        for ours, theirs in (("dice", "mean"), ("sd", "sd"), ("agreement", "agreement"), ("flips", "flips")):
+            assert np.average(part[ours].fillna(0), weights=part["tiles"]) == pytest.approx(
+                stated.loc[target, theirs], abs=2e-5
+            )
+        if part["absent"].sum():
+            area = np.average(part["false_area"].fillna(0), weights=part["absent"])
+            assert area == pytest.approx(stated.loc[target, "false_area"], abs=0.02)  # it weighs images, not tiles
+
+
+def test_levels_are_told_apart_on_request(records):
+    table = by_image(records, by_level=True)
+    assert list(table["level"].unique()) == ["any", *pg.prompts.LEVELS]
+    pooled = table[table["level"] == "any"].set_index(["image", "target"])["dice"]
+    levels = table[table["level"] != "any"].groupby(["image", "target"])["dice"].mean()
+    pd.testing.assert_series_equal(levels.sort_index(), pooled.sort_index(), atol=3e-5)
+
+
+def test_by_phrasing_holds_each_phrasings_mean(records):
+    table = by_phrasing(records)
+    row = table[table["target"] == "all"].iloc[4]
+    asked = records[(records["target"] == "all") & (records["phrasing"] == row["phrasing"])]
+    assert row["dice"] == pytest.approx(asked["dice"].mean(), abs=1e-5)
+
+
+def test_the_worst_phrasing_is_named(records):
+    table = by_phrasing(records).assign(method="one", seed=0, test="here")
+    low = table[(table["target"] == "all") & (table["level"] == "low")]
+    found = worst_phrasings(table).query("target == 'all' and level == 'low'")
+    assert list(found["phrasing"]) == [low.loc[low["dice"].idxmin(), "phrasing"]]
+
+
+def simulated(effect, noise=0.02, images=14, seeds=3, rng=0):
+    """by_image rows of two methods whose Dice differs by `effect`, with noise between seeds and images."""
+    rng, rows = np.random.default_rng(rng), []
+    level = {(i, t): rng.uniform(0.5, 0.9) for i in range(images) for t in ("all", "a", "b")}
+    for method, gain in (("old", 0.0), ("new", effect)):
+        for seed in range(seeds):
+            drift = rng.normal(0, noise / 2)
+            for (i, target), base in level.items():
+                dice = base + gain + drift + rng.normal(0, noise)
+                rows.append(dict(method=method, seed=seed, test="t", level="any", split="heldout", target=target, image=f"i{i}",
+                                 dice=dice, sd=0.1, lowest=dice - 0.1, agreement=0.8, flips=0.1, false_area=np.nan,
+                                 tiles=16, absent=0))  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def dice_row(table, task="T1", method="new"):
+    return table.query("method == @method and measure == 'dice' and task == @task").iloc[0]
+
+
+def test_a_clear_difference_is_decided_and_has_its_size():
+    for effect, verdict in ((0.1, "better"), (-0.1, "worse")):
+        for task in ("T1", "T2"):
+            row = dice_row(compare(simulated(effect), "old"), task)
+            assert row["verdict"] == verdict and row["seeds_agree"]
+            assert row["difference_low"] < effect < row["difference_high"]
+            assert row["difference"] == pytest.approx(effect, abs=0.04) and abs(row["effect"]) > 2
+
+
+def test_no_difference_is_seldom_decided():
+    verdicts = [dice_row(compare(simulated(0.0, rng=rng), "old", resamples=300))["verdict"] for rng in range(30)]
+    assert verdicts.count("undecided") >= 25
+
+
+def test_a_method_beside_itself_differs_by_nothing():
+    row = dice_row(compare(simulated(0.1), "old"), method="old")
+    assert row["difference"] == row["difference_low"] == row["difference_high"] == 0 and row["verdict"] == "undecided"
+
+
+def test_pairing_removes_what_images_have_in_common():
+    """Images differ a lot, methods little: the difference is known far better than either value."""
+    row = dice_row(compare(simulated(0.05, noise=0.005), "old"))
+    assert row["difference_high"] - row["difference_low"] < 0.25 * (row["high"] - row["low"])
+
+
+def test_one_seed_that_disagrees_leaves_it_undecided():
+    table = simulated(0.0, noise=0.001)
+    gain = table["seed"].map({0: 0.30, 1: 0.30, 2: -0.001})
+    table["dice"] += gain.where(table["method"] == "new", 0)
+    row = dice_row(compare(table, "old"))
+    assert not row["seeds_agree"] and row["verdict"] == "undecided"
+
+
+def test_only_seeds_that_both_have_are_compared():
+    table = simulated(0.1)
+    table = table[~((table["method"] == "new") & (table["seed"] == 2))]  # its third seed diverged
+    assert dice_row(compare(table, "old"))["seeds"] == 2
+
+
+def test_less_spread_is_better_and_a_foil_with_less_dice_too():
+    table = simulated(0.0)
+    table.loc[table["method"] == "new", "sd"] = 0.02 + 0.0001 * np.arange(len(table) // 2)
+    found = compare(table, "old").query("method == 'new' and measure == 'sd'")
+    assert set(found["verdict"]) == {"better"}
+    foils = compare(simulated(-0.1).assign(split="foils"), "old")
+    assert set(foils["measure"]) == {"dice"} and dice_row(foils)["verdict"] == "better"
+
+
+def test_a_category_that_an_image_lacks_does_not_count():
+    table = simulated(0.1)
+    lacking = (table["target"] == "a") & table["image"].isin(["i0", "i1"])
+    table.loc[lacking, ["tiles", "absent"]] = 0, 16
+    table.loc[lacking, [name for name in MEASURES if name != "false_area"]] = np.nan
+    table.loc[lacking, "false_area"] = 0.01
+    row = dice_row(compare(table, "old"), "T2")
+    kept = table[~lacking & (table["method"] == "new")]
+    means = kept.groupby("target")["dice"].mean()
+    assert row["value"] == pytest.approx((means["a"] + means["b"]) / 2)
+
+
+def test_scores_keep_the_seeds_apart():
+    table = simulated(0.1)
+    found = scores(table).query("measure == 'dice' and method == 'new' and task == 'T1'")
+    wanted = table.query("method == 'new' and target == 'all'").groupby("seed")["dice"].mean()
+    assert list(found["value"]) == pytest.approx(list(wanted))
+
+
+def test_an_unknown_reference_is_refused_with_the_methods_there_are():
+    with pytest.raises(ResultError, match="no method 'baseline' here; choose one of old, new"):
+        compare(simulated(0.1), "baseline")
