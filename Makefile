@@ -9,7 +9,7 @@ READY   := .venv/.installed
 stage = @start=$$(date +%s); printf '==> %s\n' '$(1)'; $(2) && printf '    %s took %s s\n' '$(1)' "$$(($$(date +%s) - start))"
 
 .DEFAULT_GOAL := help
-.PHONY: help book test format sync lock colab-check checkpoints measure bench clean
+.PHONY: help book test format sync lock colab-check checkpoints measure experiments bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,8 +45,12 @@ colab-check: $(READY)  ## ask a resolver whether pyproject.toml fits what Colab 
 checkpoints: $(READY)  ## train the two small checkpoints that ship in the package
 	python benchmarks/make_checkpoints.py
 
-measure: $(READY)  ## measure lite on CoNSeP (needs PGSEG_DATA) and store the table in results/
+measure: $(READY)  ## measure what stands beside the experiments: a larger budget, a blind mask (needs PGSEG_DATA)
 	python benchmarks/measure_consep.py
+	python benchmarks/measure_blind.py
+
+experiments: $(READY)  ## run every experiment of the book and store its tables (needs PGSEG_DATA; PROFILE=, JOBS=)
+	for name in table1 table2 table4 table5 causes; do pgseg experiment $$name --profile $(PROFILE) --jobs $(JOBS) || exit 1; done
 
 bench: $(READY)  ## time the pieces side by side
 	for script in benchmarks/bench_*.py; do python "$$script" || exit 1; done

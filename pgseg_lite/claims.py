@@ -1,7 +1,7 @@
 """What the book's prose says of its own measurements: each figure read off a stored table, and none typed.
 
-results/claims.yaml names them. A chapter calls `tell(chapter)` once and writes {glue:text}`name` where a figure
-belongs; the claims page lists them all, and a test recomputes what the pages show.
+results/claims.yaml names them, by chapter. A chapter calls `tell(chapter)` once and writes {glue:text}`name` where a
+figure belongs; the claims page lists them all, and a test recomputes what the pages show.
 """
 
 from functools import cache
@@ -13,16 +13,20 @@ from .errors import ResultError
 from .results import find_result, load_result
 from .tables import compare
 
-FIELDS = ("chapter", "says", "result", "where", "show", "tolerance")
+FIELDS = ("says", "result", "where", "show", "tolerance")
 
 
 def load():
-    """Every claim by name: chapter, says, result, reference, where, column, show (a format), tolerance."""
+    """Every claim by name: its chapter, what it says, its result, reference, where, column, show and tolerance."""
     path = find_result("claims.yaml")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for name, entry in entries.items():
-        if missing := [field for field in FIELDS if field not in entry]:
-            raise ResultError(f"{path}: claim {name} lacks {', '.join(missing)}")
+    entries = {}
+    for chapter, listed in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        shared = listed.pop("shared", {})  # what all claims of this chapter have in common
+        for name, claim in listed.items():
+            entry = {"chapter": chapter} | shared | claim | {"where": shared.get("where", {}) | claim.get("where", {})}
+            if missing := [field for field in FIELDS if not entry.get(field) and entry.get(field) != 0]:
+                raise ResultError(f"{path}: claim {name} lacks {', '.join(missing)}; add what is missing")
+            entries[name] = entry
     return entries
 
 
@@ -65,7 +69,7 @@ def tell(chapter):
 
     shown = table(chapter)
     for row in shown.itertuples():
-        record = {"application/papermill.record/text/plain": row.shown}
+        record = {"application/papermill.record/text/plain": repr(row.shown)}  # unquoted, "+1.0" would lose its sign
         about = {"scrapbook": {"name": row.claim, "mime_prefix": "application/papermill.record/"}}
         display(record, metadata=about, raw=True)
     print(f"{len(shown)} figures of this chapter's prose come from {', '.join(sorted(set(shown['record'])))}")

@@ -95,11 +95,8 @@ CAUSES = {
     FULL: {},
     SEG: FOUR[SEG],
     "no text dropout": dict(text_dropout=0.0),
-    "no text dropout, L_seg only": dict(text_dropout=0.0, **FOUR[SEG]),
-    "presence weight 1": dict(presence_weight=1.0),
-    "beta=1": dict(beta=1.0),
-    "three times the steps": dict(steps=3),
-    "three times the steps, L_seg only": dict(steps=3, **FOUR[SEG]),
+    "twice the steps": dict(steps=2),
+    "twice the steps, L_seg only": dict(steps=2, **FOUR[SEG]),
 }
 SHIFTS = "stain_pale", "scanner_colour", "blur", "frozen_section"
 UNTOUCHED = {  # label -> Data; only all nuclei, as in the paper

@@ -18,7 +18,7 @@ METHOD_COLOURS = {
     "full method": "#0072b2",
     "prompt groups": "#0072b2",
 }
-OTHER_COLOUR, PAPER_COLOUR = "#555555", "#999999"
+OTHER_COLOUR, PAPER_COLOUR = "#555555", "#777777"
 PANEL, TITLE_WIDTH = 2.2, 34  # inches a panel, characters a line of its title
 
 
@@ -110,16 +110,16 @@ def show_methods(compared, seeds, measure="dice", paper=None, xlabel="Dice (%)")
     for axis, task in zip(axes, tasks, strict=True):
         part = rows[rows["task"] == task].set_index("method")
         dots = seeds[seeds["task"] == task]
-        sns.stripplot(dots, x="value", y="method", order=methods, color="#bbbbbb", size=4, jitter=0, ax=axis, zorder=1)
+        sns.stripplot(dots, x="value", y="method", order=methods, color="black", size=3, jitter=0, ax=axis, zorder=4)
         for y, method in enumerate(methods):
             row, colour = part.loc[method], METHOD_COLOURS.get(method, OTHER_COLOUR)
             axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=2, solid_capstyle="round")
             axis.plot(row["value"], y, "o", color=colour, ms=7)
             axis.annotate(
-                f"{row['value']:.1f}", (row["value"], y), (0, 7), textcoords="offset points", ha="center", fontsize=8
+                f"{row['value']:.1f}", (row["value"], y), (0, 9), textcoords="offset points", ha="center", fontsize=8
             )
             if printed := (paper or {}).get(method, {}).get(task):
-                axis.plot(printed, y, "D", mfc="white", mec=PAPER_COLOUR, ms=6)
+                axis.plot(printed, y, "D", mfc="none", mec=PAPER_COLOUR, ms=9, mew=1.5)
         axis.set(title=task, xlabel=xlabel, ylabel="")
     return figure
 

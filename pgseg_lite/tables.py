@@ -125,17 +125,17 @@ def paired(ours, theirs, measure, wanted, resamples, seed):
 
 def cube(table, measure):
     """Sums and counts of a measure over tiles, both [seeds, images, targets], "all" first."""
-    counts = table["absent" if measure == "false_area" else "tiles"]
-    flat = pd.DataFrame({"sums": (table[measure] * counts).fillna(0.0), "counts": counts.astype(float)})
-    flat[["seed", "image", "target"]] = table[["seed", "image", "target"]]
-    axes = [
-        sorted(set(flat["seed"])),
-        sorted(set(flat["image"])),
-        sorted(set(flat["target"]), key=lambda t: (t != "all", t)),
-    ]
-    whole = pd.MultiIndex.from_product(axes, names=["seed", "image", "target"])
-    flat = flat.set_index(["seed", "image", "target"]).reindex(whole, fill_value=0.0)
-    return [flat[name].to_numpy().reshape([len(axis) for axis in axes]) for name in ("sums", "counts")]
+    counts = table["absent" if measure == "false_area" else "tiles"].to_numpy(float)
+    sums = np.nan_to_num(table[measure].to_numpy(float) * counts)  # NaN where no tile counts
+    shape, places = [], []
+    for name in ("seed", "image", "target"):
+        values = table[name].tolist()
+        order = {value: i for i, value in enumerate(sorted(set(values), key=lambda value: (value != "all", value)))}
+        shape.append(len(order))
+        places.append([order[value] for value in values])
+    cubes = np.zeros((2, *shape))
+    cubes[:, *places] = sums, counts  # plain arrays: reindexing a frame takes ten times as long
+    return list(cubes)
 
 
 def tasks(sums, counts):
@@ -145,7 +145,7 @@ def tasks(sums, counts):
     others = means[..., 1:]
     known = ~np.isnan(others)
     t2 = np.where(known.any(-1), np.where(known, others, 0).sum(-1) / np.maximum(known.sum(-1), 1), np.nan)
-    return {"T1": means[..., 0], "T2": t2}
+    return {"T1": means[..., 0][()], "T2": t2[()]}  # floats where there are no leading axes
 
 
 def worst_phrasings(table):
