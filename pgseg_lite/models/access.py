@@ -1,0 +1,59 @@
+"""Weights that others publish: find them, or say in one sentence what is in the way and what to do."""
+
+import json
+from pathlib import Path
+
+from ..errors import ModelError
+
+PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
+
+
+def fetch(checkpoint, model_types):
+    """The folder of a transformers checkpoint whose config.json names one of `model_types`: a local one, or the hub's.
+
+    Small files come first, so that whatever is wrong shows before gigabytes are fetched.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        if str(checkpoint).count("/") != 1 or folder.is_absolute():
+            raise ModelError(f"{checkpoint}: no such checkpoint folder; give the folder that training wrote")
+        check_model_type(download(str(checkpoint), PATTERNS[:2]), model_types)
+        folder = download(str(checkpoint), PATTERNS)
+    check_model_type(folder, model_types)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: there are no weights (*.safetensors) here; copy the checkpoint again")
+    return folder
+
+
+def download(name, patterns):
+    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    log_in = "run `hf auth login`" if get_token() is None else "check that your token may read it"
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        said = f"its licence must be accepted first; do so on its page of the Hugging Face hub, then {log_in}"
+        raise ModelError(f"{name}: {said}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{name}: the hub shows no such repository; check the name, and {log_in}") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            said = f"the hub answers {error.response.status_code}; {log_in}, or try again later"
+            raise ModelError(f"{name}: {said}") from error
+        said = "neither a folder here nor in this machine's cache, and the hub cannot be reached"
+        raise ModelError(f"{name}: {said} ({type(error).__name__}); connect, or give a folder") from error
+
+
+def check_model_type(folder, model_types):
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: not a checkpoint, config.json is missing; give a folder that has it") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found not in model_types:
+        said = f"model_type is {found!r}, not {model_types[0]!r}, so this is another model's checkpoint"
+        raise ModelError(f"{path}: {said}; give one of {model_types[0]}")
