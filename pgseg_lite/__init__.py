@@ -18,6 +18,7 @@ _HOME = {
     "aggregate": "models",
     "load_segmenter": "models",
     "GroupLoss": "losses",
+    "Sam3Settings": "settings",
     "TrainSettings": "settings",
     "PROFILES": "settings",
     "train": "training",

@@ -1,12 +1,15 @@
 """What decides a training run, and the three profiles. Light to import: the command line reads it for its help."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .errors import SettingsError
 from .prompts import LEVELS
 
 WORDINGS = ("groups", "fixed")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TRAINABLE = ("decoder", "lora", "full")
+SCHEDULES = ("inverse_sqrt", "cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 200
 
+    schedule: ClassVar = "cosine"
+    clip: ClassVar = 1.0  # largest norm of a gradient
+
     def __post_init__(self):
         for name in ("steps", "batch_size", "k", "accumulation", "save_every"):
             if getattr(self, name) < 1:
@@ -59,10 +65,47 @@ class TrainSettings:
         return GroupLoss(**{name: getattr(self, name) for name in names})
 
 
+@dataclass(frozen=True)
+class Sam3Settings(TrainSettings):
+    """What fine-tuning `sam3` needs besides. Rates, decay, clipping and schedule are those of SAM3's own fine-tuning;
+    its loss weights (200 focal, 10 Dice, 20 presence) are not: tau measures differences of L_seg as `lite` has it.
+    """
+
+    batch_size: int = 1
+    accumulation: int = 4
+    learning_rate: float = 8e-5  # of all but the vision encoder
+    weight_decay: float = 0.1
+    trainable: str = "decoder"  # or "lora", "full"; the text encoder is frozen in all
+    vision_rate: float = 2.5e-5  # of the vision encoder's last part ...
+    layer_decay: float = 0.9  # ... times this for each layer towards the pixels
+    schedule: str = "inverse_sqrt"
+    clip: float = 0.1
+    lora_rank: int = 16
+    serial: bool = True  # one phrasing's graph at a time: a quarter more work at most, and the memory of one
+    checkpointing: bool = True  # the vision encoder's layers are computed again for the backward pass
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in (("trainable", TRAINABLE), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise SettingsError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        for name in ("vision_rate", "clip", "lora_rank"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be above zero")
+        if not 0 < self.layer_decay <= 1:
+            raise SettingsError(f"layer_decay is {self.layer_decay}; it is a factor above 0 and at most 1")
+
+
 PROFILES = {
     "smoke": TrainSettings(steps=12, batch_size=2, view=128, save_every=6),
     "lite": TrainSettings(),
     "full": TrainSettings(steps=10_000, batch_size=16, workers=4, save_every=1000),
+}
+
+SAM3_PROFILES = {
+    "smoke": Sam3Settings(steps=12, accumulation=1, view=128, save_every=6),
+    "lite": Sam3Settings(),
+    "full": Sam3Settings(steps=10_000, accumulation=16, workers=4, save_every=1000),
 }
 
 PER_LEVEL = {"smoke": 2, "lite": 10, "full": 0}  # phrasings to evaluate a target and level; 0 for all of them

@@ -21,7 +21,6 @@ from transformers.trainer_callback import PrinterCallback
 from .augment import augment
 from .errors import BankError, SettingsError, TrainingError
 from .models.lite import LiteSegmenter, to_pixel_values
-from .models.text import load_text_encoder
 from .settings import TrainSettings
 
 TERMS = ("seg", "mask", "dice", "presence", "group", "consistency")
@@ -73,31 +72,37 @@ class GroupDataset(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Items -> one batch. Sentence vectors come from a table made once, before the first step."""
+    """Items -> one batch. Text features come from a table made once, before the first step."""
 
     def __init__(self, table):
-        self.table = table  # [N, 384]
+        self.table = table  # [N, ...], for lite sentence vectors [N, 384]
 
     def __call__(self, items):
         images = torch.from_numpy(np.stack([item["image"] for item in items])).permute(0, 3, 1, 2)
         text_ids = torch.tensor([item["text_ids"] for item in items])  # [B, G, K]
         return {
             "pixel_values": to_pixel_values(images).contiguous(memory_format=torch.channels_last),
-            "text_features": self.table[text_ids.flatten(1)],  # [B, G * K, 384]
+            "text_features": self.table[text_ids.flatten(1)],  # [B, G * K, ...]
             "text_ids": text_ids,
             "masks": torch.from_numpy(np.stack([item["masks"] for item in items])),  # [B, G, H, W]
         }
 
 
 class PromptGroupTrainer(Trainer):
-    def __init__(self, *args, loss, texts, **kwargs):
+    def __init__(self, *args, loss, texts, groups, **kwargs):
         super().__init__(*args, **kwargs)
-        self.group_loss, self.texts = loss, texts
+        self.group_loss, self.texts, self.parameter_groups = loss, texts, groups
         self.model_accepts_loss_kwargs = False  # our loss is a mean: let the Trainer divide by accumulation
         self.sums, self.count = {}, 0
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args):
+        if self.parameter_groups and self.optimizer is None:  # a model with rates of its own
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self.parameter_groups, **options)
+        return super().create_optimizer(*args)
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         output = model(inputs["pixel_values"], inputs["text_features"])
@@ -152,24 +157,31 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
 
     Writes config.json, model.safetensors, history.csv and run.json to the folder `output`, and checkpoints
     on the way; `resume=True` goes on from the newest whole one. `changes` replace single settings.
+    A model with `default_settings` brings its own; one with `prepare_training` chooses what is trained and returns
+    the optimiser's parameter groups.
     """
+    settings = settings or getattr(model, "default_settings", TrainSettings())
     try:
-        settings = replace(settings or TrainSettings(), **changes)
+        settings = replace(settings, **changes)
     except TypeError as error:
         said = str(error).split(") ")[-1]
-        raise SettingsError(f"{said}; the settings are {', '.join(asdict(TrainSettings()))}") from error
+        raise SettingsError(f"{said}; the settings are {', '.join(asdict(settings))}") from error
     loss, output = settings.loss(), Path(output)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     views = settings.steps * settings.batch_size * settings.accumulation * processes
     dataset = GroupDataset(data, bank, settings, views)
     args = training_arguments(output, settings, device)
-    checkpoint = prepare_output(output, describe_run(data, bank, settings, processes, model), resume)
+    run = describe_run(data, bank, settings, processes, model)
 
     torch.manual_seed(settings.seed)
     model = (model or LiteSegmenter()).train()
-    table = load_text_encoder().encode(dataset.texts)  # [N, 384]
+    groups = None
+    if hasattr(model, "prepare_training"):
+        groups = model.prepare_training(settings, dataset.texts, phrasings=len(dataset.groups) * settings.k)
+    checkpoint = prepare_output(output, run, resume)
+    table = model.encode_text(dataset.texts).cpu()  # [N, ...], a row per phrasing
     trainer = PromptGroupTrainer(
-        model, args, Collator(table), dataset, loss=loss, texts=dataset.texts,
+        model, args, Collator(table), dataset, loss=loss, texts=dataset.texts, groups=groups,
         callbacks=[] if quiet else [Progress()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -196,7 +208,7 @@ def training_arguments(output, settings, device=None):
     return TrainingArguments(
         output_dir=str(output), max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation, learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay, lr_scheduler_type="cosine", max_grad_norm=1.0,
+        weight_decay=settings.weight_decay, lr_scheduler_type=settings.schedule, max_grad_norm=settings.clip,
         warmup_steps=int(settings.warmup * settings.steps), seed=settings.seed,
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=use_cpu,
         dataloader_num_workers=settings.workers, dataloader_pin_memory=not use_cpu,
@@ -217,12 +229,16 @@ def best_precision(use_cpu):
 def describe_run(data, bank, settings, processes, model):
     """Everything that must be equal for a run to be the same run, one flat entry each."""
     settings = asdict(settings) | {"levels": list(settings.levels)}
-    return settings | {
-        "processes": processes,
-        "data": f"{data.name} {data.digest}",
-        "bank": f"{bank.name} {bank.digest}",
-        "start": fingerprint(model) if model else "new weights",
-    }
+    return (
+        settings
+        | {
+            "processes": processes,
+            "data": f"{data.name} {data.digest}",
+            "bank": f"{bank.name} {bank.digest}",
+            "start": fingerprint(model) if model else "new weights",
+        }
+        | getattr(model, "options", {})
+    )
 
 
 def fingerprint(model):
