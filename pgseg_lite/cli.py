@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from . import __version__
 from .errors import PgsegError, SettingsError
 from .experiments import EXPERIMENTS
 from .prompts import LEVELS, PromptBank
-from .settings import PER_LEVEL, PROFILES, TrainSettings
+from .settings import PER_LEVEL, PROFILES, SAM3_PROFILES, Sam3Settings, TrainSettings
 
 
 def main(arguments=None):
@@ -32,20 +32,27 @@ def build_parser():
     train = command(commands, run_train, "train", "train a segmenter on prompt groups")
     add_data_options(train, split="train")
     add_bank_and_device(train)
+    add_segmenter(train)
     train.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    train.add_argument("--start", help="checkpoint to start from; by default the weights are new")
+    train.add_argument("--start", help="checkpoint to start from; by default new weights for lite, the hub's for sam3")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output")
     train.add_argument("--profile", choices=PROFILES, default="lite", help="the settings to begin with")
     settings = train.add_argument_group("settings", "each replaces one setting of the profile")
-    for field in fields(TrainSettings):
+    defaults = {"lite": asdict(TrainSettings()), "sam3": asdict(Sam3Settings())}
+    for field in fields(Sam3Settings):
         how = {"nargs": "+"} if field.name == "levels" else {"type": type(field.default)}
-        flag, default = "--" + field.name.replace("_", "-"), f"lite: {field.default}"
-        settings.add_argument(flag, default=argparse.SUPPRESS, help=default, **how)
+        if isinstance(field.default, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        shown = [f"{name}: {values[field.name]}" for name, values in defaults.items() if field.name in values]
+        settings.add_argument(
+            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=", ".join(shown), **how
+        )
 
     scores = command(commands, run_evaluate, "evaluate", "score masks and how much they move with wording")
     add_data_options(scores, split="test")
     add_bank_and_device(scores)
-    scores.add_argument("--checkpoint", default="group", help="fixed or group (bundled), a folder, or a hub name")
+    add_segmenter(scores)
+    scores.add_argument("--checkpoint", help="fixed or group (bundled, for lite), a folder, or a hub name")
     scores.add_argument("--levels", nargs="+", default=LEVELS, help="quality levels to ask in")
     scores.add_argument("--phrasings", choices=("heldout", "train"), default="heldout", help="unseen or seen ones")
     scores.add_argument("--profile", choices=PROFILES, default="lite", help=f"sets --per-level: {PER_LEVEL}")
@@ -133,6 +140,18 @@ def add_bank_and_device(parser):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
 
 
+def add_segmenter(parser):
+    parser.add_argument("--segmenter", choices=("lite", "sam3"), default="lite", help="which model")
+    parser.add_argument("--truncate", action="store_true", help="cut phrasings that are too long for it (sam3 only)")
+
+
+def read_segmenter(args, checkpoint):
+    from .models import load_segmenter
+
+    options = {"truncate": True} if args.truncate else {}
+    return load_segmenter(args.segmenter, checkpoint, args.device, **options)
+
+
 def read_data(args):
     from .data import load_dataset
 
@@ -145,26 +164,26 @@ def read_data(args):
 
 
 def run_train(args):
-    from .models import load_segmenter
     from .training import train
 
-    given = {field.name: getattr(args, field.name) for field in fields(TrainSettings) if hasattr(args, field.name)}
+    profile = {"lite": PROFILES, "sam3": SAM3_PROFILES}[args.segmenter][args.profile]
+    given = {field.name: getattr(args, field.name) for field in fields(Sam3Settings) if hasattr(args, field.name)}
+    if unknown := [name for name in given if name not in asdict(profile)]:
+        raise SettingsError(f"{unknown[0]} is a setting of sam3; add --segmenter sam3, or leave it out")
     if "levels" in given:
         given["levels"] = tuple(given["levels"])
-    settings = replace(PROFILES[args.profile], **given)
-    model = load_segmenter("lite", args.start, args.device) if args.start else None
-    options = dict(model=model, resume=args.resume, device=args.device)
-    result = train(read_data(args), PromptBank.load(args.bank), args.output, settings, **options)
+    settings, bank = replace(profile, **given), PromptBank.load(args.bank)
+    model = read_segmenter(args, args.start) if args.start or args.segmenter != "lite" else None
+    result = train(read_data(args), bank, args.output, settings, model=model, resume=args.resume, device=args.device)
     print(f"trained {settings.steps} steps in {result.wall_s:.0f} s ({result.cpu_s:.0f} CPU s): {result.folder}")
 
 
 def run_evaluate(args):
     from .evaluation import evaluate, robustness
-    from .models import load_segmenter
 
     if args.records and not args.records.parent.is_dir():
         raise SettingsError(f"{args.records.parent}: no such folder for the records; create it first")
-    model, bank = load_segmenter("lite", args.checkpoint, args.device), PromptBank.load(args.bank)
+    model, bank = read_segmenter(args, args.checkpoint), PromptBank.load(args.bank)
     per_level = PER_LEVEL[args.profile] if args.per_level is None else args.per_level
     records = evaluate(model, read_data(args), bank, args.levels, args.phrasings, per_level or None)
     if args.records:
