@@ -26,6 +26,7 @@ class Data:
     part: str = "whole"  # "rest" or "held": without, or only, the images held out from training
     targets: tuple = ()  # only these; all by default
     options: dict = field(default_factory=dict)
+    like: "Data | None" = None  # every image is first given the colours of these
 
     def load(self):
         from .data import load_dataset
@@ -34,7 +35,11 @@ class Data:
         if self.part != "whole":
             data = data.hold_out(HELD_OUT)[self.part == "held"]
         data.targets = tuple(t for t in data.targets if t in self.targets or not self.targets)
-        return data
+        if self.like is None:
+            return data
+        from .colour import recoloured
+
+        return recoloured(data, self.like.load())
 
     def at(self, profile):
         """The same role on a few painted tiles, where the profile is smoke."""
@@ -42,7 +47,9 @@ class Data:
             return self
         split = "train" if self.split == "train" else "test"
         size = 10 if self.part != "whole" else 4
-        return replace(self, name="synthetic", split=split, options=self.options | {"size": size, "tile": 64})
+        like = self.like and self.like.at(profile)
+        options = self.options | {"size": size, "tile": 64}
+        return replace(self, name="synthetic", split=split, options=options, like=like)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,12 @@ EXPERIMENTS = {
         "trained on CoNSeP, tested on other data sets and on painted domain shifts",
         FOUR,
         {name: Test(replace(data, targets=("all",)), optional=True) for name, data in UNTOUCHED.items()}, FIXED,
+    ),
+    "table5_colour": Experiment(
+        "the models and images of Table 5, each image first given the colours of the training images",
+        FOUR,
+        {name: Test(replace(data, targets=("all",), like=CONSEP), optional=True)
+         for name, data in {"CoNSeP": Data("consep"), **UNTOUCHED}.items() if data.name != "synthetic"}, FIXED,
     ),
     "causes": Experiment(
         "one run for each guess at why the full method gains what it gains",
