@@ -161,17 +161,22 @@ def rows_of_methods(methods, count):
     return figure, list(axes.flat)
 
 
-def png(figure, dpi=100):
-    """The figure as the bytes of a PNG file."""
+def png(figure, dpi=100, colours=None):
+    """The figure as the bytes of a PNG file; with a palette of 256 `colours`, tissue takes a third of them."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    if colours:
+        from PIL import Image
+
+        picture = Image.open(buffer).convert("RGB").quantize(colours)
+        picture.save(buffer := io.BytesIO(), "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def show(figure, alt, dpi=100):
+def show(figure, alt, dpi=100, colours=None):
     """Put the figure into a notebook with a text for readers who do not see it."""
     from IPython.display import display
 
     if not alt.strip():
         raise SettingsError("a figure needs an alt text: say in a sentence what it shows")
-    display({"image/png": png(figure, dpi), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+    display({"image/png": png(figure, dpi, colours), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)

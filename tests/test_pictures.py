@@ -1,10 +1,13 @@
 """Figures and interaction: what is drawn, what a reader without eyes or kernel gets."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import pgseg_lite as pg
 from pgseg_lite import plots, widgets
 from pgseg_lite.errors import SettingsError
 
@@ -34,6 +37,18 @@ def test_figures_are_white_pngs_with_one_panel_a_mask(image, masks):
     assert figure.get_facecolor() == (1, 1, 1, 1)
     again = plots.show_masks(image, masks, list("abcd"), truth=masks[0])
     assert plots.png(figure) == plots.png(again)  # the same bytes, so a rerun leaves no diff
+
+
+def test_a_palette_makes_tissue_small_and_keeps_the_ground_white():
+    tissue = pg.load_dataset("synthetic", split="test", size=1)[0]
+
+    def drawn(colours):
+        return plots.png(plots.show_masks(tissue.image, tissue.masks["all"][None], ["a tile"]), colours=colours)
+
+    whole, small = drawn(None), drawn(256)
+    assert len(small) < 0.6 * len(whole) and small == drawn(256)
+    before, after = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int) for data in (whole, small))
+    assert (after[0, 0] == 255).all() and np.abs(before - after).mean() < 5
 
 
 def test_show_carries_the_alt_text(monkeypatch):
