@@ -1,22 +1,27 @@
 """Text-prompted segmenters: one small protocol, one loader."""
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import ModelError
 from .base import AGGREGATIONS, SegmentationOutput, Segmenter, aggregate
 
-__all__ = ["AGGREGATIONS", "BUNDLED", "SegmentationOutput", "Segmenter", "aggregate", "load_segmenter"]
+__all__ = ["AGGREGATIONS", "BUNDLED", "SEGMENTERS", "SegmentationOutput", "Segmenter", "aggregate", "load_segmenter"]
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 # Trained on synthetic tissue: one fixed phrasing per target, and prompt groups.
 BUNDLED = ("fixed", "group")
-SEGMENTERS = ("lite", "sam3")
+SEGMENTERS = {  # name -> the file here and the class in it, loaded when asked for
+    "lite": "lite.LiteSegmenter",
+    "sam3": "sam3.Sam3Segmenter",
+}
 
 
 def load_segmenter(name="lite", checkpoint=None, device=None, **options):
     """A segmenter ready to predict. checkpoint: a bundled one by name, a folder, or a hub repository.
 
-    `options` are the segmenter's own: see `models.sam3.Sam3Segmenter`; `lite` has none.
+    `options` are the keywords of the segmenter's own class, such as `truncate` of `models.sam3.Sam3Segmenter`.
     """
     import torch
 
@@ -27,14 +32,13 @@ def load_segmenter(name="lite", checkpoint=None, device=None, **options):
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used here; choose cpu, or cuda where there is a GPU") from error
-    if name == "sam3":
-        from .sam3 import Sam3Segmenter
-
-        return Sam3Segmenter.from_pretrained(checkpoint, device, **options)
-    from .lite import LiteSegmenter
-
-    if options:
-        raise ModelError(f"lite has no option {next(iter(options))!r}; leave it out")
-    checkpoint = "group" if checkpoint is None else checkpoint
-    folder = CHECKPOINTS / f"lite-{checkpoint}" if checkpoint in BUNDLED else checkpoint
-    return LiteSegmenter.from_pretrained(folder, device)
+    file, kind = SEGMENTERS[name].split(".")
+    segmenter = getattr(import_module(f".{file}", __name__), kind)
+    known = inspect.getfullargspec(segmenter).kwonlyargs
+    if unknown := [option for option in options if option not in known]:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ModelError(f"{name} has no option {unknown[0]!r}; {has}, so leave it out")
+    if name == "lite":
+        checkpoint = "group" if checkpoint is None else checkpoint
+        checkpoint = CHECKPOINTS / f"lite-{checkpoint}" if checkpoint in BUNDLED else checkpoint
+    return segmenter.from_pretrained(checkpoint, device, **options)

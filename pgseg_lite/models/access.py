@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from ..errors import ModelError
 
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
@@ -57,3 +59,33 @@ def check_model_type(folder, model_types):
     if found not in model_types:
         said = f"model_type is {found!r}, not {model_types[0]!r}, so this is another model's checkpoint"
         raise ModelError(f"{path}: {said}; give one of {model_types[0]}")
+
+
+def of_transformers(*names):
+    """Classes of transformers by name, or a sentence on what to install."""
+    import transformers
+
+    for name in names:
+        if not hasattr(transformers, name):
+            said = f"transformers {transformers.__version__} has no {name}"
+            raise ModelError(f"{said}; run `pip install -U 'transformers>=5'`, or use lite")
+    return [getattr(transformers, name) for name in names]
+
+
+def load_model(kind, folder):
+    """A model in fp32 with every one of its tensors read from the folder."""
+    model, report = load_part(kind, folder, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(report["missing_keys"])
+        said = f"{len(missing)} tensors are missing, {missing[0]} among them"
+        raise ModelError(f"{folder}: {said}; this is not a whole checkpoint of {kind.__name__}, so fetch it again")
+    return model
+
+
+def load_part(kind, folder, **options):
+    """What `kind` reads from the folder, or what is wrong with the folder."""
+    try:
+        return kind.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises whatever the file format's own reader does
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder}: {kind.__name__} cannot be read ({reason}); copy the checkpoint again") from error

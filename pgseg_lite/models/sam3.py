@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import ModelError, SettingsError
 from ..settings import Sam3Settings
-from .access import fetch
+from .access import fetch, load_model, load_part, of_transformers
 from .base import AGGREGATIONS, SegmentationOutput, aggregate, as_batch, check_prompts
 from .lite import to_pixel_values
 from .tiles import stitch, tile_boxes
@@ -240,41 +240,16 @@ class Sam3Segmenter(nn.Module):
     @classmethod
     def from_pretrained(cls, checkpoint=None, device="cpu", **options):
         """From the hub by name, from a folder of transformers' `save_pretrained`, or one that training wrote."""
-        model_class, tokenizer_class = classes()
+        model_class, tokenizer_class = of_transformers("Sam3Model", "CLIPTokenizerFast")
         folder = fetch(HUB_NAME if checkpoint is None else checkpoint, MODEL_TYPES)
         stored = folder / OPTIONS_FILE
         options = (json.loads(stored.read_text()) if stored.is_file() else {}) | options
         tokenizer = load_part(tokenizer_class, folder)
-        sam, report = load_part(model_class, folder, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"]:  # transformers would go on with random numbers
-            missing = sorted(report["missing_keys"])
-            said = f"{len(missing)} tensors are missing, {missing[0]} among them"
-            raise ModelError(f"{folder}: {said}; this is not a whole checkpoint of SAM3, so fetch it again")
+        sam = load_model(model_class, folder)
         if len(tokenizer) < sam.config.text_config.vocab_size:  # it would read every word as unknown
             said = f"the tokenizer has {len(tokenizer)} entries, too few for SAM3"
             raise ModelError(f"{folder}: {said}; fetch its files again")
         return cls(sam, tokenizer, **options).to(device).eval()
-
-
-def classes():
-    """(Sam3Model, its tokenizer's class), or a sentence on what to install."""
-    import transformers
-
-    try:
-        from transformers import CLIPTokenizerFast, Sam3Model
-    except ImportError as error:
-        said = f"transformers {transformers.__version__} has no Sam3Model"
-        raise ModelError(f"{said}; run `pip install -U 'transformers>=5'`, or use lite") from error
-    return Sam3Model, CLIPTokenizerFast
-
-
-def load_part(kind, folder, **options):
-    """What `kind` reads from the folder, or what is wrong with the folder."""
-    try:
-        return kind.from_pretrained(folder, **options)
-    except Exception as error:  # transformers raises whatever the file format's own reader does
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: {kind.__name__} cannot be read ({reason}); copy the checkpoint again") from error
 
 
 def one_image(vision, i):
