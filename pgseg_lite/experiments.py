@@ -102,6 +102,8 @@ CAUSES = {
     FULL: {},
     SEG: FOUR[SEG],
     "no text dropout": dict(text_dropout=0.0),
+    "presence weight 1": dict(presence_weight=1.0),
+    "beta=1": dict(beta=1.0),
     "twice the steps": dict(steps=2),
     "twice the steps, L_seg only": dict(steps=2, **FOUR[SEG]),
 }

@@ -220,10 +220,11 @@ def training_arguments(output, settings, device=None):
 
 
 def best_precision(use_cpu):
-    """bf16 where the hardware multiplies in it (recent GPUs, CPUs with AMX), otherwise fp32."""
+    """bf16 where the hardware multiplies in it (recent GPUs, CPUs with AMX or AVX-512 BF16), otherwise fp32."""
     if not use_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+    asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in asks) else "fp32"
 
 
 def describe_run(data, bank, settings, processes, model):
