@@ -20,7 +20,7 @@ book: $(READY)  ## run the notebooks (PROFILE=smoke|lite|full, JOBS=1) and build
 
 test: $(READY)  ## lint, unit tests, pairs, papermill at smoke, nbval, the book as committed, pages in Chromium
 	$(call stage,lint,ruff check . && ruff format --check .)
-	python -m pytest
+	python -m pytest -n logical --dist loadgroup
 
 format: $(READY)  ## put code and notebooks into the project's format
 	ruff check --fix . && ruff format .

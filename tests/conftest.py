@@ -9,6 +9,10 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 STAGES = ("papermill", "nbval", "book", "browser")  # markers; all other tests are unit tests
 
+# `make test` runs a worker for each core: without this, each of them and each notebook would start a thread for each.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
@@ -35,6 +39,13 @@ def browser():
     opened = Browser(binary)
     yield opened
     opened.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:  # one worker builds the pages and opens them
+        if any(item.get_closest_marker(name) for name in ("book", "browser")):
+            item.add_marker(pytest.mark.xdist_group("pages"))
 
 
 def pytest_terminal_summary(terminalreporter):
