@@ -21,17 +21,21 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     A row holds dice and iou (empty-mask convention: `metrics`), presence (probability), area_true and
     area_pred (shares of the image), absent (the target is not in this image), agreement (mean IoU of this
     mask with the others of its group) and flips (share of the image on which the group does not agree).
+    A model that is shown where the nuclei are (`predict_from_masks`) reads no phrasing: one row an image and target.
     """
     if per_level is not None and per_level < 1:
         raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
-    phrasings = {target: choose(bank, target, levels, split, per_level) for target in data.targets}
+    if shown := getattr(model, "visual_prompt", None):
+        phrasings = {target: [Phrasing(shown, target, "visual", "visual", "", shown)] for target in data.targets}
+    else:
+        phrasings = {target: choose(bank, target, levels, split, per_level) for target in data.targets}
     texts = [p.text for chosen in phrasings.values() for p in chosen]
     if isinstance(model, torch.nn.Module):
         model.eval()
     text_features = model.encode_text(texts) if hasattr(model, "encode_text") else None
     rows = []
     for sample in tqdm(data, desc="evaluating", unit="image", disable=quiet):
-        packed, presence = predict_packed(model, sample, texts, text_features)  # [P, N], [P]
+        packed, presence = predict_packed(model, sample, data.targets, texts, text_features)  # [P, N], [P]
         start = 0
         for target, chosen in phrasings.items():
             stop = start + len(chosen)
@@ -62,9 +66,11 @@ def choose(bank, target, levels, split, per_level):
 
 
 @torch.inference_mode()
-def predict_packed(model, sample, texts, text_features):
+def predict_packed(model, sample, targets, texts, text_features):
     """The masks of one image for all phrasings, as packed bits [P, N], and presence probabilities [P]."""
-    if text_features is None:  # a model from outside that has only `predict`
+    if hasattr(model, "predict_from_masks"):
+        outputs = [model.predict_from_masks(sample, targets)]
+    elif text_features is None:  # a model from outside that has only `predict`
         outputs = [model.predict(sample.image, texts)]
     else:
         image_features = model.encode_image(sample.image)  # once, however many phrasings follow

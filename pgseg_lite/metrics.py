@@ -85,9 +85,10 @@ def interval(samples, level=0.95):
     if not np.isnan(samples).any():
         return tuple(np.quantile(samples, tails, axis=0))
     known = ~np.isnan(samples).all(axis=0)  # asked first, because nanquantile warns where nothing is known
-    low, high = np.full((2, *known.shape), np.nan)
-    low[known], high[known] = np.nanquantile(samples[:, known], tails, axis=0)
-    return low, high
+    bounds = np.full((2, *known.shape), np.nan)
+    if known.any():
+        bounds[:, known] = np.nanquantile(samples[:, known], tails, axis=0)
+    return tuple(bounds)
 
 
 def _overlap(packed_a, packed_b):

@@ -160,6 +160,8 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     A model with `default_settings` brings its own; one with `prepare_training` chooses what is trained and returns
     the optimiser's parameter groups.
     """
+    if hasattr(model, "why_not_trained"):
+        raise SettingsError(f"{model.name} cannot be trained here: {model.why_not_trained}")
     settings = settings or getattr(model, "default_settings", TrainSettings())
     try:
         settings = replace(settings, **changes)

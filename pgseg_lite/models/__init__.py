@@ -15,6 +15,8 @@ BUNDLED = ("fixed", "group")
 SEGMENTERS = {  # name -> the file here and the class in it, loaded when asked for
     "lite": "lite.LiteSegmenter",
     "sam3": "sam3.Sam3Segmenter",
+    "sam2": "visual.Sam2Segmenter",
+    "medsam": "visual.MedSamSegmenter",
 }
 
 

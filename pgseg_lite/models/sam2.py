@@ -11,9 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .access import fetch, load_model, of_transformers
+from .base import THRESHOLD
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet, as SAM2 has it
 AT_ONCE = 32  # prompts decoded together: each takes about 40 MB at the published size
+EMPTY = -20.0  # the logit of a pixel that nothing covers
 
 
 class PromptedMasks(nn.Module):
@@ -85,6 +87,10 @@ class PromptedMasks(nn.Module):
         masks = masks.gather(1, best[:, None, None, None].expand(-1, 1, *masks.shape[2:]))
         return F.interpolate(masks, size, mode="bilinear")[:, 0], scores
 
+    @property
+    def device(self):
+        return self.sam.device
+
     def save_pretrained(self, folder):
         self.sam.save_pretrained(folder)
 
@@ -117,3 +123,8 @@ class Sam2Masks(PromptedMasks):
 def one_view(embeddings, i):
     """The embeddings of view i out of a batch's."""
     return [level[i : i + 1] for level in embeddings]
+
+
+def at_half(logits):
+    """For a `SegmentationOutput`, whose masks begin at a probability of 0.3: SAM's begin at one half, a logit of 0."""
+    return logits + THRESHOLD
