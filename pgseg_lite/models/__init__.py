@@ -17,6 +17,8 @@ SEGMENTERS = {  # name -> the file here and the class in it, loaded when asked f
     "sam3": "sam3.Sam3Segmenter",
     "sam2": "visual.Sam2Segmenter",
     "medsam": "visual.MedSamSegmenter",
+    "seg-zero": "reasoning.SegZeroSegmenter",
+    "vision-reasoner": "reasoning.VisionReasonerSegmenter",
 }
 
 
