@@ -2,6 +2,7 @@
 
 import torch
 from transformers import Sam2Config, Sam2Model, Sam2VideoConfig, Sam2VideoModel, SamConfig, SamModel
+from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
 
 SIDE = 64  # of the images that they take
 DECODER = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
@@ -35,7 +36,8 @@ def save_sam2(folder):
 
 
 def save_sam2_video(folder):
-    return save(Sam2VideoModel, Sam2VideoConfig(**SAM2, **MEMORY), folder)
+    decoder = Sam2VideoMaskDecoderConfig(**DECODER)  # transformers 5.15 misreads a dictionary here
+    return save(Sam2VideoModel, Sam2VideoConfig(**SAM2 | MEMORY | {"mask_decoder_config": decoder}), folder)
 
 
 def save_sam(folder):

@@ -12,7 +12,6 @@ one object, whatever was asked, so at best with one nucleus.
 
 import ast
 import json
-import math
 import re
 import warnings
 from collections import Counter, namedtuple
@@ -22,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import ModelError
+from ..errors import ModelError, SettingsError
 from .access import fetch, load_model, load_part, of_transformers
 from .base import SegmentationOutput, as_batch, check_prompts
 from .finetune import gpu_memory
@@ -63,6 +62,10 @@ class ReasoningSegmenter(nn.Module):
 
     def __init__(self, qwen, tokenizer, *, sam2, max_new_tokens=None):
         super().__init__()
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise SettingsError(
+                f"max_new_tokens is {max_new_tokens}; an answer takes at least 1, published {self.longest}"
+            )
         self.qwen, self.tokenizer, self.sam2 = qwen, tokenizer, sam2
         self.max_new_tokens = max_new_tokens or self.longest
         self.unusable = Counter()
@@ -140,9 +143,7 @@ class ReasoningSegmenter(nn.Module):
     def report(self, text, reason):
         if not self.unusable:
             said = f"{self.name}'s answer to {text!r} {reason}, so its mask is empty"
-            warnings.warn(
-                f"{said}; this is said once, .unusable of the segmenter counts all such answers", stacklevel=4
-            )
+            warnings.warn(f"{said}; said once, the segmenter's .unusable counts all such answers", stacklevel=4)
         self.unusable[reason] += 1
 
     def save_pretrained(self, folder):
@@ -227,7 +228,7 @@ def parse(match):
     for reader in (json.loads, ast.literal_eval):
         try:
             return reader(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
 
@@ -236,7 +237,7 @@ def are_numbers(values, count):
     return (
         isinstance(values, list | tuple)
         and len(values) == count
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        and all(isinstance(v, int | float) and abs(v) < 1e6 for v in values)  # NaN and a thousand digits are not
     )
 
 

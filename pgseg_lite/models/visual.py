@@ -1,7 +1,7 @@
 """`sam2` and `medsam`: they read no words, and are shown where the nuclei are, with prompts made from the true masks.
 
-The paper's rows for visual prompts follow SAMPO (arXiv 2508.02464) and "prior work"; neither this paper nor the part of
-that one that could be read says which prompts, how many per image, or where. Here every nucleus gets one, which is the
+The paper's rows for visual prompts follow SAMPO (arXiv 2508.02464) and "prior work". Which prompts, how many per image
+and where, the paper leaves unsaid; SAMPO's abstract speaks of sparse ones. Here every nucleus gets one, which is the
 most that can be shown: an upper bound, for T2 close to T1. MedSAM's published 78.43 / 47.11 are far apart and SAM2's
 zero-shot Dice is 36 to 47, so the paper's prompts were probably fewer. What its MedSAM row stands on, training for
 each task, is not done here: the training of this module goes through words.
@@ -29,8 +29,8 @@ class SamMasks(PromptedMasks):
     def encode(self, pixel_values):
         """[B, 3, H, W] in -1..1 -> embeddings of B views.
 
-        As MedSAM's inference script does: a bicubic square, then each view stretched to 0..1 by its own darkest and
-        brightest value, without the mean and deviation that SAM (and the processor on the hub) would take off.
+        As MedSAM_Inference.py of github.com/bowang-lab/MedSAM does: a bicubic square, then each view stretched to 0..1
+        by its own darkest and brightest value, without the mean and deviation that SAM takes off.
         """
         resized = self.resize(pixel_values, "bicubic").clamp(*extremes(pixel_values))  # bicubic overshoots at edges
         low, high = extremes(resized)
