@@ -68,6 +68,8 @@ def save_qwen(folder, name=None):
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    as_published = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05}
+    model.generation_config.update(**as_published)
     if name:
         teach(model, tokenizer, *ANSWERS[name])
     else:
