@@ -9,6 +9,7 @@ from . import __version__
 from .errors import PgsegError, SettingsError
 from .experiments import EXPERIMENTS
 from .prompts import LEVELS, PromptBank
+from .regression.commands import add_prompt_commands
 from .settings import PER_LEVEL, PROFILES, SAM3_PROFILES, Sam3Settings, TrainSettings
 
 
@@ -83,6 +84,8 @@ def build_parser():
     lint.add_argument("--all", action="store_true", help="print every finding, not the first 5 of each kind")
     for parser_with_bank in (listing, lint):
         parser_with_bank.add_argument("bank", nargs="?", default="nuclei", help="a bundled bank, or the path of yours")
+
+    add_prompt_commands(prompts, command)
 
     data = group(commands, "data", "look at and check datasets")
     command(data, run_data_list, "list", "the datasets that can be read, and their layouts")

@@ -71,15 +71,24 @@ def check_text(bank):
 
 def check_levels(bank):
     for p in bank.phrasings:
-        (fewest, most, allowed, needed_below), words = LEVEL_RULES[p.level], len(p.text.split())
-        has = [kind for kind, cues in CLAUSES.items() if re.search(rf"\b({cues})\b", p.text.lower())]
-        problems = [f"has a clause that is {kind}" for kind in has if kind not in allowed]
-        if not fewest <= words <= most:
-            problems.append(f"has {words} words, not {fewest} to {most}")
-        elif words < needed_below and not set(has) & set(allowed):
-            problems.append(f"has {words} words and no clause that is {' or '.join(allowed)}")
-        if problems:
+        if problems := level_problems(p.text, p.level):
             yield "warning", "level", p, f"{p.level}, but {' and '.join(problems)}"
+
+
+def level_problems(text, level):
+    """What keeps a text from being of this level, a clause of a sentence each."""
+    (fewest, most, allowed, needed_below), words, has = LEVEL_RULES[level], len(text.split()), clauses(text)
+    problems = [f"has a clause that is {kind}" for kind in has if kind not in allowed]
+    if not fewest <= words <= most:
+        problems.append(f"has {words} words, not {fewest} to {most}")
+    elif words < needed_below and not set(has) & set(allowed):
+        problems.append(f"has {words} words and no clause that is {' or '.join(allowed)}")
+    return problems
+
+
+def clauses(text):
+    """The kinds of clause whose cue words stand in the text."""
+    return [kind for kind, cues in CLAUSES.items() if re.search(rf"\b({cues})\b", text.lower())]
 
 
 def check_split(bank):

@@ -75,7 +75,9 @@ class PromptBank:
         """The bank bundled under this name, or the YAML file at this path."""
         path = BANKS / f"{name_or_path}.yaml"
         path = path if path.is_file() else Path(name_or_path)
-        content = _read_yaml(path)
+        content = read_yaml(path)
+        if isinstance(content, dict) and "review" in content:
+            raise BankError(f"{path}: a draft with undecided phrasings; decide them with `pgseg prompts review {path}`")
         try:
             empty = {"name": path.stem, "split": "unnamed", "levels": {}, "targets": {}, "foils": []}
             content = empty | _checked(content, _FILE)
@@ -122,7 +124,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path):
+def read_yaml(path):
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from .perturb import KINDS, SEVERITIES, check_kinds, claimed, perturb
 MEASURES = {"agreement": "IoU with the mask of the unperturbed phrasing", "dice": "Dice with the truth"}
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#555555")  # told apart without colour vision
 STAYS, MOVES = ("#ffffff", "#111111", "should stay"), ("#fdf0e2", "#a34700", "must move")  # ground, ink, what to expect
+UNCLAIMED = ("#f2f2f2", "#555555", "not claimed")
 
 
 def severity_records(
@@ -26,16 +27,19 @@ def severity_records(
                 since what is not there cannot be seen to move
     dice        with the target's true mask; NaN where the target is absent or the dataset has no mask of it
     dice_asked  with the true mask of what a foil asks for
-    `kinds` are by default those in the languages that the model claims (`model.languages`, otherwise English).
+    `kinds` are by default those in the languages that the model claims (`model.languages`, otherwise English); others
+    are marked in the column `claimed`.
     `per_level` phrasings a target and level (None for all), of the levels that the bank has.
     """
-    kinds = check_kinds(claimed(getattr(model, "languages", ("en",))) if kinds is None else kinds, severities)
+    offered = claimed(getattr(model, "languages", ("en",)))
+    kinds = check_kinds(offered if kinds is None else kinds, severities)
     targets = data.targets or bank.targets
     asked = {target: [level for level in levels if bank.select(target, level, split)] for target in targets}
     phrasings = [p for target in targets for p in choose(bank, target, asked[target], split, per_level)]
     if not phrasings:
         raise SettingsError(f"bank {bank.name!r} has no {split} phrasing of {', '.join(targets)}; choose another split")
     table = perturb(bank, kinds, (0, *(s for s in severities if s)), seed, phrasings)
+    table["claimed"] = table["kind"].isin(offered)
     texts = list(dict.fromkeys([*table["source"], *table["text"]]))
     row = {text: i for i, text in enumerate(texts)}
     source, perturbed = table["source"].map(row).to_numpy(), table["text"].map(row).to_numpy()  # [M] each
@@ -72,7 +76,7 @@ def severity_curves(records, by=("segmenter", "kind"), resamples=1000, seed=0):
     rows = []
     for key, part in records.groupby([*by, "severity"], sort=False):
         row = dict(zip([*by, "severity"], key, strict=True))
-        row["must_move"] = bool(part["must_move"].iloc[0])
+        row |= {name: bool(part[name].iloc[0]) for name in ("must_move", "claimed")}
         per_image = part.groupby("image", sort=False)[["dice", "agreement", "dice_asked"]].mean()
         estimate, samples = resample(per_image, resamples, seed)
         for name, value, low, high in zip(per_image, estimate, *interval(samples), strict=True):
@@ -98,7 +102,8 @@ def show_severity(curves, measure="agreement", columns=4):
     )  # fmt: skip
     for axis, kind in zip(axes.flat, kinds, strict=False):
         part = curves[curves["kind"] == kind].sort_values("severity")
-        ground, ink, expected = MOVES if part["must_move"].iloc[0] else STAYS
+        must_move, offered = part[["must_move", "claimed"]].iloc[0]
+        ground, ink, expected = MOVES if must_move else STAYS if offered else UNCLAIMED
         sns.lineplot(part, x="severity", y=measure, hue="segmenter", palette=colours, marker="o", ax=axis, legend=False)
         ends = []
         for name, line in part.dropna(subset=measure).groupby("segmenter", sort=False):
