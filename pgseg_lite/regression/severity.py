@@ -104,7 +104,10 @@ def show_severity(curves, measure="agreement", columns=4):
         part = curves[curves["kind"] == kind].sort_values("severity")
         must_move, offered = part[["must_move", "claimed"]].iloc[0]
         ground, ink, expected = MOVES if must_move else STAYS if offered else UNCLAIMED
-        sns.lineplot(part, x="severity", y=measure, hue="segmenter", palette=colours, marker="o", ax=axis, legend=False)
+        sns.lineplot(
+            part, x="severity", y=measure, hue="segmenter", palette=colours, marker="o", errorbar=None, legend=False,
+            ax=axis,
+        )  # fmt: skip
         ends = []
         for name, line in part.dropna(subset=measure).groupby("segmenter", sort=False):
             axis.fill_between(
