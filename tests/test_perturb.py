@@ -406,6 +406,12 @@ def test_perturb_from_the_shell(capsys, tmp_path):
     assert pd.read_csv(tmp_path / "p.csv").equals(printed) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_command_says_what_severities_mean(capsys):
+    assert main(["prompts", "perturb", "--describe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(KINDS) and all(len(line) > 40 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

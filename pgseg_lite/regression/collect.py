@@ -21,6 +21,7 @@ from ..prompts import LEVELS, PromptBank
 
 TEXT_COLUMNS = ("text", "phrasing", "phrase", "prompt", "query")
 REVIEW_BELOW = 0.8  # of held-out phrasings of the bundled bank with such a confidence, 98 in 100 are right
+MAX_HEADER = 10_000  # characters; the names of columns are not longer
 TEMPERATURE = 0.1  # of the softmax over scores; with it a confidence is about the share that is right
 SPLIT, HELD_OUT = "a-quarter-by-text-hash-v1", 0.25  # of the phrasings of each target and level
 
@@ -74,11 +75,12 @@ def read_phrases(path, targets, encoding=None):
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise BankError(f"{path}: the file is empty; give it a header line with a column 'text'")
-    options = {mark: next(csv.reader([lines[0]], delimiter=mark)) for mark in ",;\t|"}
+    head = lines[0][:MAX_HEADER]
+    options = {mark: next(csv.reader([head], delimiter=mark)) for mark in ",;\t|"}
     mark, columns = max(options.items(), key=lambda option: (bool(text_column(option[1])), len(option[1])))
     name, columns = text_column(columns), [column.strip().lower() for column in columns]
     if not name:
-        raise BankError(f"{path}: no column holds the text; the first line is {lines[0][:60]!r}, name a column 'text'")
+        raise BankError(f"{path}: no column holds the text; the first line is {head[:60]!r}, name a column 'text'")
     if len(set(columns)) < len(columns):
         raise BankError(f"{path}: a column stands twice in {', '.join(columns)}; rename one of them")
     if len(columns) == 1:
@@ -110,15 +112,16 @@ def decode(path, encoding=None):
     marked = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else None
     if not encoding and not marked and re.search(rb"[\x00-\x08\x0e-\x1a]", data):
         raise BankError(f"{path}: holds bytes that no text file has; give a CSV file, or its encoding with --encoding")
-    for name in (encoding or marked or "utf-8-sig", encoding or "cp1252"):
+    sure = encoding or marked
+    for name in (sure,) if sure else ("utf-8-sig", "cp1252"):
         try:
             text = data.decode(name)
         except LookupError:
             raise BankError(f"there is no encoding {name!r}; try utf-8, cp1252, latin-1 or utf-16") from None
         except UnicodeError:
             continue
-        return text, [f"read as {name}, since it is not UTF-8"] if name == "cp1252" and not encoding else []
-    raise BankError(f"{path}: cannot be decoded as {encoding or 'UTF-8 or cp1252'}; say which with --encoding")
+        return text, [f"read as {name}, since it is not UTF-8"] if name == "cp1252" and not sure else []
+    raise BankError(f"{path}: cannot be decoded as {sure or 'UTF-8 or cp1252'}; say which with --encoding")
 
 
 def text_column(columns):
@@ -202,17 +205,25 @@ def fold_same(rows):
 
 def fold_alike(items, vectors):
     """Items and vectors without near-duplicates of earlier ones, which list them under `alike`."""
-    kept = []
+    near, kept, block = {}, {}, 512  # item -> earlier ones that it is nearly like; the ones that stay
+    for start in range(0, len(items), block):
+        for i, j in np.argwhere(vectors[start : start + block] @ vectors.T > NEAR_COSINE).tolist():
+            if j < start + i:
+                near.setdefault(start + i, []).append(j)
     for i, item in enumerate(items):
-        near = vectors[kept] @ vectors[i] if kept else np.zeros(1)
-        other = items[kept[int(near.argmax())]] if kept else None
-        same = other and all(other[key] == item[key] for key in ("target", "level"))
-        if same and near.max() > NEAR_COSINE and clauses(item["text"]) == clauses(other["text"]):
+        same = (kept[j] for j in near.get(i, ()) if j in kept and may_be_one(item, kept[j]))
+        if other := next(same, None):
             other["alike"].append(item["text"])
             other["count"] += item["count"]
         else:
-            kept.append(i)
-    return [items[i] for i in kept], vectors[kept]
+            kept[i] = item
+    return list(kept.values()), vectors[list(kept)]
+
+
+def may_be_one(item, other):
+    """Sentence vectors hardly see a negation, so the clauses must be of the same kinds too."""
+    same = all(item[key] == other[key] for key in ("target", "level"))
+    return same and clauses(item["text"]) == clauses(other["text"])
 
 
 def suggest(items, vectors, reference, encoder):

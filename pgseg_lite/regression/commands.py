@@ -11,6 +11,7 @@ def add_prompt_commands(prompts, command):
     worded = command(prompts, run_perturb, "perturb", "word a bank's phrasings worse by degrees, as a CSV table")
     worded.add_argument("bank", nargs="?", default="nuclei", help="a bundled bank, or the path of yours")
     worded.add_argument("--kinds", nargs="+", help="which perturbations; by default all that are in English")
+    worded.add_argument("--describe", action="store_true", help="only say what each kind and its severities are")
     worded.add_argument("--severity", nargs="+", type=int, default=(1, 2, 3, 4, 5), help="0 is the phrasing as it is")
     worded.add_argument("--target", help="only the phrasings of this target")
     worded.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts")
@@ -28,8 +29,11 @@ def add_prompt_commands(prompts, command):
 
 
 def run_perturb(args):
-    from .perturb import perturb
+    from .perturb import describe_kinds, perturb
 
+    if args.describe:
+        print(describe_kinds())
+        return
     if args.output and not args.output.absolute().parent.is_dir():
         raise SettingsError(f"{args.output.parent}: no such folder for the table; create it first")
     bank = PromptBank.load(args.bank)
@@ -46,6 +50,7 @@ def run_perturb(args):
 def run_import(args):
     from .collect import import_phrases
 
+    print("the first time, the sentence encoder takes up to half a minute for the bank's own phrasings", flush=True)
     draft = import_phrases(args.csv, args.output, PromptBank.load(args.bank), args.keep_flagged, args.encoding)
     print("\n".join(draft.notes))
     print("what looks like personal data was searched for by rules: a help, and no guarantee")

@@ -232,6 +232,16 @@ KINDS |= {name: Kind(partial(foreign, name), False, said["code"]) for name, said
 KINDS |= {f.__name__: Kind(f, must_move=True) for f in (negation, foil)}
 
 
+def describe_kinds():
+    """A line for each kind: what its severities mean, and what is special about it."""
+    lines = []
+    for name, kind in KINDS.items():
+        said = getattr(kind.function, "func", kind.function).__doc__
+        note = " (must move the mask)" if kind.must_move else f" ({kind.language})" if kind.language != "en" else ""
+        lines.append(f"{name:<12} {said}{note}")
+    return "\n".join(lines)
+
+
 def claimed(languages=("en",)):
     """The kinds in languages that an encoder claims. all-MiniLM-L6-v2 and CLIP claim English alone."""
     return tuple(name for name, kind in KINDS.items() if kind.language in languages)

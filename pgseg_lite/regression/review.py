@@ -7,7 +7,7 @@ from ..errors import BankError
 from ..prompts import LEVELS, read_yaml
 from .collect import as_content, write_draft
 
-HELP = "Enter accepts, t TARGET and l LEVEL change, d drops, u takes the last decision back, q quits (and is resumable)"
+HELP = "Enter accepts, t TARGET and l LEVEL change, d drops, u takes the last decision back, q quits (to go on later)"
 
 
 class Review:
@@ -98,7 +98,7 @@ def describe(item):
 
 def walk(review, ask=input, say=print):
     """The review in the terminal, until everything is decided, the input ends or somebody quits."""
-    say(f"{review.progress}. {HELP}")
+    say(f"{review.progress}. {HELP}\ntargets: {', '.join(review.targets)}; levels: {', '.join(LEVELS)}")
     while True:
         known = {"u": review.undo}
         if review.current:
