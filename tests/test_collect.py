@@ -292,6 +292,16 @@ def test_a_target_without_a_short_phrasing_borrows_the_canonical_one(phrases):
     assert pg.PromptBank.load(path.with_name("draft.yaml")).fixed("dead") == "dead nuclei"
 
 
+def test_the_canonical_phrasing_is_low_whatever_the_file_says(phrases):
+    path = phrases("text,target,level\nDead nuclei,dead,medium\nfind all of the dead nuclei in this tile,dead,medium\n")
+    draft_of(path)
+    bank = pg.PromptBank.load(path.with_name("draft.yaml"))
+    assert [(p.text, p.level) for p in bank.phrasings] == [
+        ("Dead nuclei", "low"),
+        ("find all of the dead nuclei in this tile", "medium"),
+    ]
+
+
 # ---- the review ----
 
 

@@ -113,6 +113,17 @@ def test_more_severe_is_further_from_the_source(table, kind):
     assert likeness[0] == 1 and all(a >= b - 1e-9 for a, b in pairwise(likeness))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text", ["a", "?", "核", "é è", "x  y ", " two\nlines, of it.", "A&B (1) [2] \\1 {x}", "s s s s", "the"]
+)
+def test_odd_texts_come_back_as_they_are_at_severity_zero_and_never_empty(kind, text):
+    for context in (Context(), Context(target="all", name=text.split()[0], other="red cells")):
+        assert KINDS[kind].function(text, 0, context) == text
+        for severity in SEVERITIES:
+            assert KINDS[kind].function(text, severity, context).strip()
+
+
 # ---- what each kind does ----
 
 

@@ -306,9 +306,12 @@ def as_content(name, canonical, undecided, decided):
         own = [item for item in decided if item["target"] == target and not item.get("dropped")]
         if not own:
             continue
-        low = [item["text"] for item in own if item["level"] == "low"]
+        same = [item for item in own if normalise(item["text"]) == normalise(fixed)]
+        low = [item["text"] for item in (*same, *own) if item in same or item["level"] == "low"]
         fixed = low[0] if low else fixed
-        by_level = {level: [item["text"] for item in own if item["level"] == level] for level in LEVELS}
+        by_level = {"low": list(dict.fromkeys(low))}
+        for level in LEVELS[1:]:
+            by_level[level] = [item["text"] for item in own if item["level"] == level and item not in same]
         entries = {level: with_split(texts, fixed) for level, texts in by_level.items() if texts}
         targets[target] = {"fixed": fixed, "phrasings": entries}
     return {"name": name, "split": SPLIT, "targets": targets}

@@ -193,6 +193,9 @@ def foil(text, severity, context):
 
 def exchange(text, table, count, rng):
     """`count` of the words that stand in the table (phrase -> alternatives), each for one of its alternatives."""
+    if not count:
+        return text
+    asked = text  # all of it may be words that are dropped
     table = {phrase.lower(): words for phrase, words in table.items()}
     found = find_phrases(text, tuple(sorted(table, key=len, reverse=True)))
     alternatives = [[word for word in table[m[0].lower()] if word != m[0].lower()] for m in found]
@@ -201,7 +204,7 @@ def exchange(text, table, count, rng):
     for match, word in sorted(ranked[:count], key=lambda pair: -pair[0].start()):
         word = word[:1].upper() + word[1:] if match[0][0].isupper() else word
         text = text[: match.start()] + word + text[match.end() :]
-    return " ".join(text.split())
+    return " ".join(text.split()) or asked
 
 
 def find_phrases(text, phrases):
