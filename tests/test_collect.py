@@ -175,7 +175,7 @@ def test_the_bundled_bank_and_plain_requests_hold_none(bank):
 def test_flagged_rows_are_left_out_and_named_by_line_alone(phrases):
     draft, content = draft_of(phrases(SITE))
     assert "Miller" not in str(content) and "Miller" not in str(draft.notes)
-    assert "1 rows that may hold personal data were left out: line 9 (a name after a title)" in draft.notes
+    assert "rows that may hold personal data, left out: 1, the first in line 9 (a name after a title)" in draft.notes
 
 
 def test_flagged_rows_that_are_kept_are_for_review(phrases):

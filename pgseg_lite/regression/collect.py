@@ -97,7 +97,7 @@ def read_phrases(path, targets, encoding=None):
     if not kept:
         raise BankError(f"{path}: no row holds any words in the column {name!r}; there is nothing to collect")
     if len(kept) < len(found):
-        notes.append(f"{len(found) - len(kept)} rows without any words were skipped")
+        notes.append(f"rows without any words, skipped: {len(found) - len(kept)}")
     return kept, notes
 
 
@@ -162,7 +162,7 @@ def make_draft(rows, reference, name, keep_flagged=False, encoder=None):
     if flagged:
         said = ", ".join(f"line {row.line} ({' and '.join(kinds)})" for row, kinds in [*flagged.items()][:10])
         done = "kept and marked for review" if keep_flagged else "left out"
-        notes.append(f"{len(flagged)} rows that may hold personal data were {done}: {said}")
+        notes.append(f"rows that may hold personal data, {done}: {len(flagged)}, the first in {said}")
     kept = [row for row in rows if keep_flagged or row not in flagged]
     if not kept:
         raise BankError("every row may hold personal data; look at them, then keep them with --keep-flagged")
@@ -178,7 +178,7 @@ def make_draft(rows, reference, name, keep_flagged=False, encoder=None):
     items.sort(key=lambda item: -item["count"])  # a stable sort
     undecided = [item for item in items if item["why"]]
     report["undecided"] = len(undecided)
-    notes.append(f"{report['same']} repeated texts and {report['alike']} near-duplicates were folded into others")
+    notes.append(f"repeated texts folded into one: {report['same']}; near-duplicates: {report['alike']}")
     canonical = {target: reference.fixed(target) for target in reference.targets}
     decided = [{key: item[key] for key in ("text", "target", "level", "count")} for item in items if not item["why"]]
     return Draft(as_content(name, canonical, undecided, decided), notes, report)

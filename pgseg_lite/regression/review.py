@@ -89,7 +89,7 @@ class Review:
 
 def describe(item):
     """The lines that a person decides by."""
-    said = [f"{item['text']!r}, seen {item.get('count', 1)} times"]
+    said = [f"{item['text']!r}, count {item.get('count', 1)}"]
     for kind in ("target", "level"):
         sure = f" ({item[f'{kind}_confidence']:.2f})" if f"{kind}_confidence" in item else ""
         said.append(f"  {kind} {item[kind]}{sure}")
