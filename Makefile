@@ -48,6 +48,7 @@ checkpoints: $(READY)  ## train the two small checkpoints that ship in the packa
 measure: $(READY)  ## measure what stands beside the experiments: a larger budget, a blind mask (needs PGSEG_DATA)
 	python benchmarks/measure_consep.py
 	python benchmarks/measure_blind.py
+	python benchmarks/compute_cost.py
 
 experiments: $(READY)  ## run every experiment of the book and store its tables (needs PGSEG_DATA; PROFILE=, JOBS=)
 	for name in table1 table2 table4 table5 causes; do pgseg experiment $$name --profile $(PROFILE) --jobs $(JOBS) || exit 1; done

@@ -1,11 +1,15 @@
 """The computed cost of a step of SAM3, and `serial` chosen by it."""
 
+import re
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 import pgseg_lite as pg
+from pgseg_lite.cli import build_parser
 from pgseg_lite.models import cost, finetune
+from pgseg_lite.results import load_result
 
 FULL = pg.Sam3Settings(trainable="full", accumulation=1)
 
@@ -41,3 +45,22 @@ def test_serial_is_chosen_by_memory_unless_it_is_set():
     assert chosen == {None: True, 20: True, 40: False}  # a CPU, a small GPU, a large one
     for serial in (True, False):
         assert finetune.choose_serial(sam, replace(FULL, serial=serial), 18, 20).serial is serial
+
+
+def test_the_stored_table_is_what_the_module_computes(repo):
+    stored = load_result("sam3_cost", repo / "results")
+    pd.testing.assert_frame_equal(stored, cost.table(), check_dtype=False)
+    assert stored.attrs["stamp"]["settings"]["utilisation"] == cost.UTILISATION
+    page = (repo / "book" / "full_run.md").read_text()
+    assert f"--steps {cost.PAPER_STEPS} " in page and f"--steps {cost.PAPER_STEPS // 4 + 1} " in page
+
+
+def test_the_page_s_commands_are_understood(repo):
+    page = (repo / "book" / "full_run.md").read_text().replace("\\\n", " ")
+    commands = [
+        line.split("#")[0].split() for line in page.splitlines() if re.match("(pgseg|torchrun|accelerate) ", line)
+    ]
+    assert len(commands) >= 6
+    for words in commands:
+        module = words.index("pgseg_lite.cli") if "pgseg_lite.cli" in words else 0
+        build_parser().parse_args(words[module + 1 :])

@@ -5,10 +5,12 @@ encoder, decoder and mask decoder. Text is embedded once before the first step a
 """
 
 from collections import namedtuple
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from ..settings import SAM3_PROFILES, TRAINABLE
 from . import finetune
 
 IMAGE, PHRASING = 5.61, 0.44  # TFLOP forward: vision encoder with its neck, and everything behind it
@@ -61,3 +63,35 @@ def full_size():
         sam = model(config())
     sam.text_encoder = sam.text_projection = None
     return sam
+
+
+# The paper's budget on a tenth of PanNuke's first fold: 5 epochs, an image a step. A step asks for six targets in K = 3
+# phrasings; the evaluation of the third fold for six targets in 10 phrasings of each of three levels.
+TENTH, EPOCHS, STEP_PHRASINGS, TEST_IMAGES, TEST_PHRASINGS = round(0.1 * 2656), 5, 6 * 3, 2722, 6 * 10 * 3
+PAPER_STEPS = TENTH * EPOCHS
+
+
+def table():
+    """What the paper's PanNuke run is expected to need on each card, a row per card and choice of trained parts."""
+    import pandas as pd
+
+    rows = []
+    for name, card in GPUS.items():
+        for trainable in TRAINABLE:
+            settings = replace(SAM3_PROFILES["full"], trainable=trainable, accumulation=1)
+            run = expected(name, settings, STEP_PHRASINGS)
+            evaluation = TEST_IMAGES * evaluation_flops(TEST_PHRASINGS) / (card.peak * UTILISATION)
+            rows.append(
+                {
+                    "GPU": name,
+                    "trained": trainable,
+                    "phrasings": "one by one" if run.serial else "at once",
+                    "GiB there": card.memory,
+                    "GiB needed": round(run.memory, 1),
+                    "fits": "yes" if run.fits else "no",
+                    "seconds a step": float(f"{run.seconds:.2g}"),
+                    "hours of training": float(f"{run.seconds * PAPER_STEPS / 3600:.2g}"),
+                    "hours of evaluation": float(f"{evaluation / 3600:.2g}"),
+                }
+            )
+    return pd.DataFrame(rows)
