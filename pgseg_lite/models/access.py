@@ -1,12 +1,15 @@
 """Weights that others publish: find them, or say in one sentence what is in the way and what to do."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from ..errors import ModelError
 
+OPTIONS_FILE = "pgseg.json"  # what a segmenter does with its model's answers: a checkpoint is read as it was trained
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
 
 
@@ -49,16 +52,25 @@ def download(name, patterns):
 
 def check_model_type(folder, model_types):
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: not a checkpoint, config.json is missing; give a folder that has it") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
-    found = config.get("model_type") if isinstance(config, dict) else None
+    if not path.is_file():
+        raise ModelError(f"{folder}: not a checkpoint, config.json is missing; give a folder that has it")
+    found = read_json(path).get("model_type")
     if found not in model_types:
         said = f"model_type is {found!r}, not {model_types[0]!r}, so this is another model's checkpoint"
         raise ModelError(f"{path}: {said}; give one of {model_types[0]}")
+
+
+def read_json(path):
+    """The entries of a JSON file, none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(entries, dict):
+        raise ModelError(f"{path}: holds no entries, only {type(entries).__name__}; restore the file")
+    return entries
 
 
 def of_transformers(*names):
@@ -82,6 +94,14 @@ def load_model(kind, folder, dtype=torch.float32):
     return model
 
 
+def load_tokenizer(kind, folder, entries, reader):
+    tokenizer = load_part(kind, folder)
+    if len(tokenizer) < entries:  # it would read every word as unknown
+        said = f"the tokenizer has {len(tokenizer)} entries, too few for {reader}"
+        raise ModelError(f"{folder}: {said}; fetch its files again")
+    return tokenizer
+
+
 def load_part(kind, folder, **options):
     """What `kind` reads from the folder, or what is wrong with the folder."""
     try:
@@ -89,3 +109,17 @@ def load_part(kind, folder, **options):
     except Exception as error:  # transformers raises whatever the file format's own reader does
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder}: {kind.__name__} cannot be read ({reason}); copy the checkpoint again") from error
+
+
+@contextmanager
+def saving(folder):
+    """A new folder to save in, whose files then come into `folder`: each whole, config.json last, that on top last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix="saving-") as partial:
+        yield Path(partial)
+        files = [file for file in Path(partial).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == "config.json", -len(file.parts))):
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)

@@ -8,86 +8,37 @@ What may be trained, and how fast, is decided in finetune.py.
 """
 
 import json
-import warnings
-from collections import namedtuple
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..errors import ModelError, SettingsError
+from ..errors import SettingsError
 from ..settings import Sam3Settings
-from .access import fetch, load_model, load_part, of_transformers
-from .base import AGGREGATIONS, SegmentationOutput, aggregate, as_batch, check_prompts
+from .access import OPTIONS_FILE, fetch, load_model, load_tokenizer, of_transformers, read_json, saving
+from .base import AGGREGATIONS, aggregate, check_prompts
 from .lite import to_pixel_values
-from .tiles import stitch, tile_boxes
+from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxes
+from .towers import TextTower
 
 HUB_NAME = "facebook/sam3"
 MODEL_TYPES = ("sam3", "sam3_video")  # the published file holds the video model; its detector is Sam3Model
-OPTIONS_FILE = "pgseg.json"  # how query masks become one map: a checkpoint is read as it was trained
 AT_ONCE = 8  # phrasings decoded together when nothing is trained: bounds memory, changes nothing
 
-# Per image of the batch its views (the image, or its tiles), where they lie, and the image's size.
-ImageFeatures = namedtuple("ImageFeatures", "views boxes size")
 
+class Sam3Text(TextTower):
+    """CLIP's encoder of 354 million parameters, which reads 32 tokens, start and end included."""
 
-class TextTower:
-    """Tokenizer and frozen text encoder. Not a module: neither checkpoints nor the GPU should hold its 354 million."""
+    reader = "SAM3"
 
-    def __init__(self, tokenizer, encoder, projection, truncate):
-        self.tokenizer, self.truncate = tokenizer, truncate
-        self.encoder, self.projection = (part.eval().requires_grad_(False) for part in (encoder, projection))
-        self.limit = encoder.config.max_position_embeddings  # 32 tokens, start and end included
-        self._features = {}  # phrasing -> [L, D + 1]
-        self._warned = set()
-
-    def encode(self, texts, device):
+    def _embed(self, texts, device):
         """[N, L, D + 1]: token features, and a last channel that is 1 for a token and 0 for padding."""
-        self.check_lengths(texts)
-        if new := [text for text in dict.fromkeys(texts) if text not in self._features]:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # weights moved in inference mode would stay marked by it
-                parts = (self.encoder.to(device), self.projection.to(device))
-                for start in range(0, len(new), 64):
-                    batch = new[start : start + 64]
-                    self._features.update(zip(batch, self._embed(batch, *parts, device), strict=True))
-                for part in parts:  # 1.4 GB that images can use better; moving takes a fraction of a second
-                    part.to("cpu")
-        return torch.stack([self._features[text] for text in texts]).to(device)
-
-    def _embed(self, texts, encoder, projection, device):
-        options = dict(padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt")
-        tokens = self.tokenizer(texts, **options).to(device)
+        encoder, projection = self.parts
+        tokens = self.tokens(texts, device)
         mask = tokens["attention_mask"]  # [N, L]; without it, padding changes the masks
         features = projection(encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state)
-        return torch.cat([features, mask[..., None]], dim=-1).float().cpu()  # [N, L, D + 1]
-
-    def check_lengths(self, texts):
-        """Refuse phrasings that are too long, or warn of each and what it loses when `truncate` was asked for."""
-        lost = self.what_is_lost(texts)
-        if not lost:
-            return
-        listed = [f"{text!r} loses {words!r}" for text, words in lost.items()]
-        said = f"SAM3 reads {self.limit} tokens, too few for {len(lost)} of {len(texts)} phrasings"
-        if not self.truncate:
-            more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            some = "; ".join(listed[:3]) + more
-            raise ModelError(f"{said}: {some}; shorten them, or cut them with truncate=True (--option truncate=true)")
-        if not lost.keys() <= self._warned:
-            warnings.warn(f"{said}, and they are cut:\n" + "\n".join(listed), stacklevel=3)
-            self._warned |= lost.keys()
-
-    def what_is_lost(self, texts):
-        """Over-long phrasing -> its words that the encoder would never see."""
-        encoded = self.tokenizer(list(texts), truncation=False, return_offsets_mapping=True, verbose=False)
-        offsets = zip(texts, encoded["offset_mapping"], strict=True)
-        # The end token takes the last of the places.
-        return {text: text[spans[self.limit - 1][0] :] for text, spans in offsets if len(spans) > self.limit}
+        return torch.cat([features, mask[..., None]], dim=-1).float().cpu()
 
 
 class Sam3Segmenter(nn.Module):
@@ -111,9 +62,9 @@ class Sam3Segmenter(nn.Module):
         queries = sam.config.detr_decoder_config.num_queries
         if top_k is not None and not 1 <= top_k <= queries:
             raise SettingsError(f"top_k is {top_k}; it must be 1 to {queries}, the number of queries")
-        if tile is not None and tile < 32:
-            raise SettingsError(f"tile is {tile}; a tile must have at least 32 pixels a side")
-        self.text = TextTower(tokenizer, sam.text_encoder, sam.text_projection, truncate)
+        check_tile(tile)
+        limit = sam.text_encoder.config.max_position_embeddings
+        self.text = Sam3Text(tokenizer, [sam.text_encoder, sam.text_projection], limit, truncate)
         sam.text_encoder = sam.text_projection = None
         for module in sam.modules():
             if isinstance(module, nn.Dropout):
@@ -133,14 +84,10 @@ class Sam3Segmenter(nn.Module):
     @torch.no_grad()
     def encode_image(self, images):
         """uint8 images -> their features; a large one tile by tile when `tile` is set."""
-        pixels = torch.from_numpy(as_batch(images)).permute(0, 3, 1, 2)  # [B, 3, H, W]
-        size = tuple(pixels.shape[-2:])
-        boxes = tile_boxes(*size, self.tile)
-        views = [[self.encode_view(image[:, y0:y1, x0:x1]) for y0, x0, y1, x1 in boxes] for image in pixels]
-        return ImageFeatures(views, boxes, size)
+        return encode_tiles(images, self.tile, self.encode_view)
 
-    def encode_view(self, pixels):  # uint8 [3, h, w]
-        return self.sam.vision_encoder(self.resize(to_pixel_values(pixels[None].to(self.device))))
+    def encode_view(self, pixels):  # uint8 [1, 3, h, w]
+        return self.sam.vision_encoder(self.resize(to_pixel_values(pixels.to(self.device))))
 
     def resize(self, pixel_values):
         """To the one size that SAM3 takes; it was trained on squares, whatever the image's shape."""
@@ -155,16 +102,9 @@ class Sam3Segmenter(nn.Module):
 
     def decode(self, image_features, text_features):
         """Every image with every phrasing. text_features [K, L, D + 1], or [B, K, L, D + 1] when images differ."""
-        views, boxes, size = image_features
         if text_features.ndim == 3:
-            text_features = text_features.expand(len(views), -1, -1, -1)
-        masks, presence = [], []
-        for tiles, text in zip(views, text_features, strict=True):
-            sizes = [(bottom - top, right - left) for top, left, bottom, right in boxes]
-            asked = [self.ask(view, text, side) for view, side in zip(tiles, sizes, strict=True)]
-            masks.append(stitch([logits for logits, _ in asked], boxes, size))  # [K, H, W]
-            presence.append(torch.stack([there for _, there in asked]).amax(0))  # [K], in any tile
-        return SegmentationOutput(torch.stack(masks), torch.stack(presence))
+            text_features = text_features.expand(len(image_features.views), -1, -1, -1)
+        return ask_tiles(image_features, text_features, self.ask)
 
     def ask(self, view, text_features, size):
         """One view with K phrasings, all at once, in portions, or one by one: mask logits [K, *size], presence [K]."""
@@ -226,29 +166,21 @@ class Sam3Segmenter(nn.Module):
         from .finetune import fold_lora
 
         fold_lora(self.sam)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix="saving-") as partial:
-            self.sam.text_encoder, self.sam.text_projection = self.text.encoder, self.text.projection
+        with saving(folder) as partial:
+            self.sam.text_encoder, self.sam.text_projection = self.text.parts
             self.sam.save_pretrained(partial)
             self.sam.text_encoder = self.sam.text_projection = None
             self.text.tokenizer.save_pretrained(partial)
-            (Path(partial) / OPTIONS_FILE).write_text(json.dumps(self.options, indent=2) + "\n")
-            for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(folder / file.name)
+            (partial / OPTIONS_FILE).write_text(json.dumps(self.options, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, checkpoint=None, device="cpu", **options):
         """From the hub by name, from a folder of transformers' `save_pretrained`, or one that training wrote."""
         model_class, tokenizer_class = of_transformers("Sam3Model", "CLIPTokenizerFast")
         folder = fetch(HUB_NAME if checkpoint is None else checkpoint, MODEL_TYPES)
-        stored = folder / OPTIONS_FILE
-        options = (json.loads(stored.read_text()) if stored.is_file() else {}) | options
-        tokenizer = load_part(tokenizer_class, folder)
+        options = read_json(folder / OPTIONS_FILE) | options
         sam = load_model(model_class, folder)
-        if len(tokenizer) < sam.config.text_config.vocab_size:  # it would read every word as unknown
-            said = f"the tokenizer has {len(tokenizer)} entries, too few for SAM3"
-            raise ModelError(f"{folder}: {said}; fetch its files again")
+        tokenizer = load_tokenizer(tokenizer_class, folder, sam.config.text_config.vocab_size, "SAM3")
         return cls(sam, tokenizer, **options).to(device).eval()
 
 

@@ -1,10 +1,46 @@
 """Images larger than a model can take in at once: cut into overlapping tiles, put together without seams."""
 
 import math
+from collections import namedtuple
 
 import torch
 
+from ..errors import SettingsError
+from .base import SegmentationOutput, as_batch
+
 OVERLAP = 0.25  # share of a tile's side over which two neighbours fade into each other, at the least
+
+# Per image of the batch its views (the image, or its tiles), where they lie, and the image's size.
+ImageFeatures = namedtuple("ImageFeatures", "views boxes size")
+
+
+def check_tile(tile):
+    if tile is not None and tile < 32:
+        raise SettingsError(f"tile is {tile}; a tile must have at least 32 pixels a side")
+
+
+def encode_tiles(images, tile, encode):
+    """uint8 images -> ImageFeatures. `encode` takes one view, uint8 [1, 3, h, w], and gives whatever `ask` reads."""
+    pixels = torch.from_numpy(as_batch(images)).permute(0, 3, 1, 2)  # [B, 3, H, W]
+    size = tuple(pixels.shape[-2:])
+    boxes = tile_boxes(*size, tile)
+    views = [[encode(image[None, :, y0:y1, x0:x1]) for y0, x0, y1, x1 in boxes] for image in pixels]
+    return ImageFeatures(views, boxes, size)
+
+
+def ask_tiles(image_features, text_features, ask):
+    """Every image with its phrasings [B, K, ...], view by view, put together.
+
+    ask(view, text_features [K, ...], size) -> mask logits [K, *size] and presence logits [K].
+    """
+    views, boxes, size = image_features
+    sizes = [(bottom - top, right - left) for top, left, bottom, right in boxes]
+    masks, presence = [], []
+    for tiles, text in zip(views, text_features, strict=True):
+        asked = [ask(view, text, side) for view, side in zip(tiles, sizes, strict=True)]
+        masks.append(stitch([logits for logits, _ in asked], boxes, size))  # [K, H, W]
+        presence.append(torch.stack([there for _, there in asked]).amax(0))  # [K], in any tile
+    return SegmentationOutput(torch.stack(masks), torch.stack(presence))
 
 
 def tile_boxes(height, width, tile=None):
