@@ -109,7 +109,12 @@ SAM3_PROFILES = {
     "full": Sam3Settings(steps=10_000, accumulation=16, workers=4, save_every=1000),
 }
 
-BASELINE_PROFILES = PROFILES
+# Parts of pretrained transformers: slow steps, and one image at a time, since all its phrasings are decoded together.
+BASELINE_PROFILES = {
+    "smoke": TrainSettings(steps=12, batch_size=1, view=128, learning_rate=1e-4, save_every=6),
+    "lite": TrainSettings(batch_size=1, accumulation=4, learning_rate=1e-4),
+    "full": TrainSettings(steps=10_000, batch_size=2, accumulation=8, learning_rate=1e-4, workers=4, save_every=1000),
+}
 
 TRAINING = {  # what can be trained -> its settings by profile
     "lite": PROFILES,

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_text import WORDS, save_clip_tokenizer, short_bank
 from transformers import CLIPTokenizerFast, Sam3Config, Sam3Model
 
 import pgseg_lite as pg
@@ -25,31 +26,7 @@ from pgseg_lite.errors import ModelError, SettingsError
 from pgseg_lite.models import access, finetune, sam3, tiles
 from pgseg_lite.models.base import aggregate
 
-TARGETS = ("all", "inflammatory", "epithelial", "neoplastic", "connective", "dead")
-WORDS = ("nuclei", "cells", "find", "segment", "mark", "every", "see", "show", *TARGETS)
 LONG = "nuclei " * 29 + "see every cells"  # 32 words; start and end make 34 tokens
-
-
-def build_tokenizer(folder):
-    """CLIP's byte-level BPE with the words of these tests as whole tokens."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
-    for word in WORDS:
-        whole = word[0]
-        for i, letter in enumerate(word[1:], 2):
-            part = letter + "</w>" * (i == len(word))
-            if f"{whole} {part}" not in merges:
-                merges.append(f"{whole} {part}")
-                vocabulary.append(whole + part)
-            whole += part
-    ids = {token: i for i, token in enumerate([*vocabulary, "<|startoftext|>", "<|endoftext|>"])}
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(ids))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    CLIPTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    return ids
 
 
 def tiny_config(ids):
@@ -75,7 +52,7 @@ def tiny_config(ids):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam3") / "tiny"
-    ids = build_tokenizer(folder)
+    ids = save_clip_tokenizer(folder)
     torch.manual_seed(0)
     model = Sam3Model(tiny_config(ids))
     with torch.no_grad():  # the initial weights are so small that phrasings would hardly matter
@@ -98,16 +75,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def bank_file(tmp_path_factory):
-    """Short phrasings, two for training and one held out at each level."""
-    path = tmp_path_factory.mktemp("bank") / "short.yaml"
-    lines = ["targets:"]
-    for target in TARGETS:
-        lines += [f"  {target}:", f"    fixed: {target} nuclei", "    phrasings:"]
-        for level, verb in (("low", "find"), ("medium", "mark"), ("high", "segment")):
-            texts = [f"{verb} {target} nuclei", f"{verb} {target} cells"]
-            lines += [f"      {level}: [{', '.join(texts)}, {{text: {verb} every {target} nuclei, heldout: true}}]"]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return short_bank(tmp_path_factory.mktemp("bank") / "short.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ BUNDLED = ("fixed", "group")
 SEGMENTERS = {  # name -> the file here and the class in it, loaded when asked for
     "lite": "lite.LiteSegmenter",
     "sam3": "sam3.Sam3Segmenter",
+    "clipseg": "clipseg.ClipSegSegmenter",
     "sam2": "visual.Sam2Segmenter",
     "medsam": "visual.MedSamSegmenter",
     "seg-zero": "reasoning.SegZeroSegmenter",

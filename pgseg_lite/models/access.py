@@ -10,6 +10,7 @@ import torch
 from ..errors import ModelError
 
 OPTIONS_FILE = "pgseg.json"  # what a segmenter does with its model's answers: a checkpoint is read as it was trained
+PREPROCESSING_FILE = "preprocessor_config.json"  # of transformers' image processors
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
 
 
@@ -71,6 +72,21 @@ def read_json(path):
     if not isinstance(entries, dict):
         raise ModelError(f"{path}: holds no entries, only {type(entries).__name__}; restore the file")
     return entries
+
+
+def read_preprocessing(folder, usual):
+    """What a checkpoint says of the images it was trained on, and `usual` where it says nothing."""
+    return usual | read_json(Path(folder) / PREPROCESSING_FILE)
+
+
+def save_preprocessing(folder, preprocessing):
+    (Path(folder) / PREPROCESSING_FILE).write_text(json.dumps(preprocessing, indent=2) + "\n")
+
+
+def normalise(pixel_values, preprocessing):
+    """-1..1 -> the mean and standard deviation that the encoder was trained with, per channel."""
+    mean, std = (pixel_values.new_tensor(preprocessing[name])[:, None, None] for name in ("image_mean", "image_std"))
+    return (pixel_values / 2 + 0.5 - mean) / std
 
 
 def of_transformers(*names):
