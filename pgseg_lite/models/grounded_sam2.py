@@ -1,0 +1,153 @@
+"""`grounded-sam2`: Grounding DINO finds boxes for a phrasing, SAM2 draws a mask in each, and their union is the answer.
+
+    image    -> Grounding DINO's Swin backbone and SAM2's image encoder, each once per image
+    phrasing -> BERT -> token features [L, D], once per phrasing, ever
+    a pair   -> Grounding DINO's encoder and decoder -> boxes -> SAM2's mask decoder -> one map
+
+A box has no gradient with respect to a mask, so the detector is frozen and only SAM2's mask decoder can be trained: it
+learns to draw better in the boxes that it is given, and never which boxes a wording should give.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..errors import ModelError, SettingsError
+from ..settings import BASELINE_PROFILES
+from .access import OPTIONS_FILE, check_model_type, of_transformers, read_json, saving
+from .base import check_prompts
+from .grounding_dino import Detector
+from .lite import to_pixel_values
+from .sam2 import EMPTY, Sam2Masks, at_half
+from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxes
+
+NAME = "grounded-sam2"
+PARTS = ("detector", "masks")  # the two folders of a checkpoint
+# Of SAM2's mask decoder, what one mask for a box does not pass through: its scores, and the three masks for a click.
+IDLE = ("iou_prediction_head.", "pred_obj_score_head.", *(f"output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
+
+
+class GroundedSam2Segmenter(nn.Module):
+    """box_threshold: how sure the detector must be of a box: 0.35, as in a demo of Grounded-SAM2's authors (0.4 in the
+    one with transformers). Their second threshold, for text, only chooses the words written beside a box.
+
+    tile: images larger than this are cut and stitched. truncate: cut phrasings of over 256 tokens, with a warning.
+
+    A mask is where SAM2 says more than one half, as its authors have it: logits are moved so that this is the module's
+    own threshold of 0.3. Presence is the score of the best box, above the threshold or not; without a box the mask is
+    empty.
+    """
+
+    name = NAME
+    default_settings = BASELINE_PROFILES["lite"]
+
+    def __init__(self, detector, masks, *, box_threshold=0.35, tile=None, truncate=False):
+        super().__init__()
+        check_tile(tile)
+        if not 0 < box_threshold < 1:
+            raise SettingsError(f"box_threshold is {box_threshold}; it is a probability, above 0 and below 1")
+        detector.text.truncate = truncate
+        self.detector, self.masks, self.tile = detector, masks, tile
+        self.options = {"box_threshold": box_threshold}
+
+    def _apply(self, *args, **kwargs):
+        """What `to` and `cuda` call: the detector goes where the segmenter goes."""
+        self.detector.move(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, pixel_values, text_features):
+        """pixel_values [B, 3, H, W] in -1..1, text_features [B, P, L, D + 1] -> SegmentationOutput."""
+        size = tuple(pixel_values.shape[-2:])
+        views = [[self.encode_view(image[None])] for image in pixel_values]
+        output = self.decode(ImageFeatures(views, tile_boxes(*size), size), text_features)
+        if torch.is_grad_enabled() and not output.mask_logits.requires_grad:
+            # No box in the whole batch: a step that teaches nothing, and must still reach every trained parameter.
+            whole = torch.tensor([[0, 0, size[1], size[0]]], device=pixel_values.device)
+            output.mask_logits = output.mask_logits + 0 * self.masks.union(views[0][0][1], size, boxes=whole)[0]
+        return output
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        """uint8 images -> their features; a large one tile by tile when `tile` is set."""
+        return encode_tiles(images, self.tile, lambda pixels: self.encode_view(to_pixel_values(pixels.to(self.device))))
+
+    def encode_view(self, pixel_values):  # [1, 3, h, w] in -1..1
+        return self.detector.encode(pixel_values), self.masks.encode(pixel_values)
+
+    def encode_text(self, prompts):
+        """Phrasings -> token features and numbers [K, L, D + 1], embedded once."""
+        return self.detector.text.encode(check_prompts(prompts), self.device)
+
+    def decode(self, image_features, text_features):
+        """Every image with every phrasing. text_features [K, L, D + 1], or [B, K, L, D + 1] when images differ."""
+        if text_features.ndim == 3:
+            text_features = text_features.expand(len(image_features.views), -1, -1, -1)
+        return ask_tiles(image_features, text_features, self.ask)
+
+    def ask(self, view, text_features, size):
+        """One view with K phrasings: mask logits [K, *size], presence logits [K]."""
+        features, embeddings = view
+        boxes, presence = self.detector.find(features, text_features, size, self.options["box_threshold"])
+        return at_half(torch.stack([self.draw(embeddings, size, of_one) for of_one in boxes])), presence
+
+    def draw(self, embeddings, size, boxes):
+        """The union of SAM2's masks in the boxes of one phrasing, logits [*size]."""
+        if not len(boxes):
+            return torch.full(size, EMPTY, device=boxes.device)
+        if torch.is_grad_enabled():  # one phrasing's masks at a time are kept for the backward pass
+            return recompute(self.masks.union, embeddings, size, boxes=boxes, use_reentrant=False)[0]
+        return self.masks.union(embeddings, size, boxes=boxes)[0]
+
+    @torch.inference_mode()
+    def predict(self, image, prompts):
+        """Masks for one image [H, W, 3] or several, for every phrasing."""
+        self.eval()
+        text_features = self.encode_text(prompts)  # first: a phrasing that is too long is refused at once
+        return self.decode(self.encode_image(image), text_features)
+
+    def prepare_training(self, settings, texts, phrasings):
+        """Freeze all but SAM2's mask decoder, and return the optimiser's parameter groups."""
+        from .finetune import parameter_groups
+
+        self.detector.text.check_lengths(texts)
+        self.masks.requires_grad_(False)
+        for name, parameter in self.masks.sam.mask_decoder.named_parameters():
+            parameter.requires_grad_(not name.startswith(IDLE))
+        return parameter_groups(self.masks.sam, settings)
+
+    @property
+    def device(self):
+        return self.masks.sam.no_memory_embedding.device
+
+    def save_pretrained(self, folder):
+        """Two transformers checkpoints, each in a folder of its own; the config.json on top last."""
+        with saving(folder) as partial:
+            self.detector.save_pretrained(partial / PARTS[0])
+            self.masks.save_pretrained(partial / PARTS[1])
+            (partial / OPTIONS_FILE).write_text(json.dumps(self.options, indent=2) + "\n")
+            (partial / "config.json").write_text(json.dumps({"model_type": NAME}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, checkpoint=None, device="cpu", **options):
+        """Both parts from the hub, or from a folder with `detector` and `masks` in it, as training writes it."""
+        of_transformers("GroundingDinoForObjectDetection", "Sam2Model")  # both, before either is fetched
+        detector, masks = (None, None) if checkpoint is None else two_folders(checkpoint)
+        if checkpoint is not None:
+            options = read_json(Path(checkpoint) / OPTIONS_FILE) | options
+        return cls(Detector.from_pretrained(detector), Sam2Masks.from_pretrained(masks), **options).to(device).eval()
+
+
+def two_folders(checkpoint):
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ModelError(f"{checkpoint}: no such checkpoint folder; give the folder that training wrote")
+    if (folder / "config.json").is_file():
+        check_model_type(folder, (NAME,))
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            said = f"not a checkpoint of {NAME}, the folder {part} in it is missing"
+            raise ModelError(f"{folder}: {said}; give one that has {' and '.join(PARTS)}")
+    return [folder / part for part in PARTS]
