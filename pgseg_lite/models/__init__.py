@@ -17,6 +17,7 @@ SEGMENTERS = {  # name -> the file here and the class in it, loaded when asked f
     "lite": "lite.LiteSegmenter",
     "sam3": "sam3.Sam3Segmenter",
     "clipseg": "clipseg.ClipSegSegmenter",
+    "grounded-sam2": "grounded_sam2.GroundedSam2Segmenter",
     "sam2": "visual.Sam2Segmenter",
     "medsam": "visual.MedSamSegmenter",
     "seg-zero": "reasoning.SegZeroSegmenter",
