@@ -6,11 +6,11 @@ from pathlib import Path
 
 from . import __version__
 from .errors import PgsegError, SettingsError
-from .experiments import EXPERIMENTS
+from .experiments import LEARNERS, named, result_name
 from .options import add_data_options, add_model_options, add_settings, read_data, read_segmenter, read_settings, say
 from .prompts import LEVELS, PromptBank
 from .regression.commands import add_prompt_commands
-from .settings import PER_LEVEL, PROFILES
+from .settings import PER_LEVEL, PROFILES, TRAINABLE
 
 
 def main(arguments=None):
@@ -51,8 +51,18 @@ def build_parser():
     scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
 
     experiment = command(commands, run_experiment, "experiment", "run a named grid of trainings and store its tables")
-    experiment.add_argument("name", help=f"one of {', '.join(EXPERIMENTS)}")
+    experiment.add_argument("name", help=f"one of {', '.join(named())}")
     experiment.add_argument("--profile", choices=PROFILES, default="lite", help="how long, how large, how many seeds")
+    experiment.add_argument(
+        "--segmenter", choices=LEARNERS, help="what is trained; by default lite, at full sam3 (a GPU, 3.4 GB a run)"
+    )
+    experiment.add_argument(
+        "--start", action="append", default=[], metavar="CHECKPOINT",
+        help="what every run starts from, a folder or a hub name; for baselines NAME=CHECKPOINT, a model to add",
+    )  # fmt: skip
+    experiment.add_argument(
+        "--trainable", choices=TRAINABLE, help="what of sam3 is trained; at full by default full, else decoder"
+    )
     experiment.add_argument("--jobs", type=int, help="runs at a time on this machine; by default one for each GPU")
     experiment.add_argument(
         "--scheduler", metavar="ADDRESS", help="send the runs to the workers of this Dask scheduler"
@@ -64,8 +74,10 @@ def build_parser():
         help="where runs are kept; what is there is not run again",
     )
     experiment.add_argument(
-        "--output", type=Path, default=Path("results"), help="folder for the tables and their stamps"
-    )
+        "--output", type=Path, default=Path("results"),
+        help="folder for the tables and their stamps: NAME.csv, with _PROFILE if that is not lite "
+        "and _SEGMENTER if that is not the profile's own, so table1_full.csv",
+    )  # fmt: skip
 
     prompts = group(commands, "prompts", "look at and check prompt banks")
     listing = command(prompts, run_prompts_list, "list", "count a bank's phrasings, or print those of one target")
@@ -152,10 +164,11 @@ def run_experiment(args):
     from .tables import scores
 
     options = dict(jobs=args.jobs, scheduler=args.scheduler, folder=args.folder)
-    tables = run_experiment(args.name, args.profile, **options)
+    tables = run_experiment(args.name, args.profile, args.segmenter, args.start, args.trainable, **options)
+    stem = result_name(args.name, args.profile, args.segmenter)
     for table, frame in tables.items():
         record = stamp(profile=args.profile, experiment=args.name, **frame.attrs["facts"])
-        name = args.name if table == "by_image" else f"{args.name}_phrasings"
+        name = stem if table == "by_image" else f"{stem}_phrasings"
         print(save_result(name, frame, record, args.output))
     seen = scores(tables["by_image"]).query("measure == 'dice' and level == 'any'")
     print(

@@ -1,20 +1,16 @@
-"""Named experiments: each a grid of training runs, and the tests that every run is put to. `runner` executes them."""
+"""Named experiments: each a grid of runs, and the tests that every run is put to. `runner` executes them."""
 
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from .errors import SettingsError
 from .prompts import LEVELS
-from .settings import PROFILES, TrainSettings
+from .settings import PROFILES, SAM3_PROFILES, TrainSettings
 
-BANK, START = "nuclei", "fixed"  # all methods start from the model that has heard one wording per target
+BANK = "nuclei"
+START = "fixed"  # all methods of lite start from the model that has heard one wording per target
 HELD_OUT = 0.2  # share of the training images that choices are made on
 SEEDS = {"smoke": (0,), "lite": (0, 1, 2), "full": (0, 1, 2, 3, 4)}
-TRAINING = {
-    "smoke": replace(PROFILES["smoke"], steps=4, view=64),
-    "lite": replace(PROFILES["lite"], steps=500, view=128),
-    "full": PROFILES["full"],
-}
 
 
 @dataclass(frozen=True)
@@ -27,13 +23,17 @@ class Data:
     targets: tuple = ()  # only these; all by default
     options: dict = field(default_factory=dict)
     like: "Data | None" = None  # every image is first given the colours of these
+    fraction: float = 1.0  # share of the tiles that are left
 
     def load(self):
         from .data import load_dataset
+        from .data.dataset import pick
 
         data = load_dataset(self.name, split=self.split, **self.options)
         if self.part != "whole":
             data = data.hold_out(HELD_OUT)[self.part == "held"]
+        if self.fraction < 1:  # only now, so that no share of the one part reaches into the other
+            data.ids = tuple(pick(data.ids, self.fraction, 0))
         data.targets = tuple(t for t in data.targets if t in self.targets or not self.targets)
         if self.like is None:
             return data
@@ -60,26 +60,84 @@ class Test:
     split: str = "heldout"  # phrasings that training has seen ("train") or not, or the bank's "foils"
     levels: tuple = LEVELS
     optional: bool = False  # left out, with a word, where a reader does not have the data
+    trained: str = "CoNSeP"  # the models of this training set are put to it
 
 
 @dataclass(frozen=True)
 class Experiment:
     about: str
-    methods: dict  # label -> changes to the settings
+    methods: dict  # label -> changes to the settings, or the `Published` model that is only tested
     tests: dict  # label -> Test
     reference: str  # the method that all others are compared with
     detail: bool = False  # tables also by level of quality and by phrasing
 
 
 @dataclass(frozen=True)
+class Published:
+    """A segmenter that is tested as it is."""
+
+    segmenter: str
+    checkpoint: str | None = None  # its publisher's by default
+    options: dict = field(default_factory=dict)
+    per_level: int | None = None  # where all phrasings would take days
+
+
+@dataclass(frozen=True)
+class Learner:
+    """How a segmenter is trained in an experiment."""
+
+    settings: dict  # by profile
+    start: str  # the checkpoint that every run starts from
+    sets: dict  # what it is trained on: label -> Data
+    options: dict = field(default_factory=dict)
+    steps: dict = field(default_factory=dict)  # at full, by training set, where they are not the profile's
+
+
+@dataclass(frozen=True)
 class Run:
     method: str
-    data: Data
-    settings: TrainSettings
+    segmenter: str
+    start: str | None
+    options: dict
+    trained: str = ""  # the label of the training set
+    data: Data | None = None  # None: nothing is trained
+    settings: TrainSettings | None = None
     text_dropout: float | None = None  # the start's own by default
+    per_level: int | None = None  # the profile's by default
+
+    @property
+    def about(self):
+        """What tells this run from the others of its grid."""
+        return dict(method=self.method, seed=self.settings.seed if self.settings else 0)
+
+    def __str__(self):
+        if not self.settings:
+            return self.method
+        return f"{self.method}, seed {self.settings.seed}" + f", {self.trained}" * (self.trained != "CoNSeP")
 
 
 CONSEP = Data("consep", "train", "rest")
+TENTH = {"CoNSeP": replace(CONSEP, fraction=0.1), "PanNuke": Data("pannuke", "fold1", fraction=0.1)}
+# The paper's budget: all weights but the text encoder's, one image a step, five passes over a tenth of the tiles.
+PAPER_STEPS = {"CoNSeP": 175, "PanNuke": 1330}
+LEARNERS = {
+    "lite": Learner(
+        {
+            "smoke": replace(PROFILES["smoke"], steps=4, view=64),
+            "lite": replace(PROFILES["lite"], steps=500, view=128),
+            "full": PROFILES["full"],
+        },
+        START, {"CoNSeP": CONSEP},
+    ),
+    "sam3": Learner(
+        {
+            "smoke": replace(SAM3_PROFILES["smoke"], steps=4, view=64),
+            "lite": SAM3_PROFILES["lite"],
+            "full": replace(SAM3_PROFILES["full"], trainable="full", accumulation=1, save_every=200),
+        },
+        "facebook/sam3", TENTH, {"truncate": True}, PAPER_STEPS,  # the bank has phrasings of over 32 tokens
+    ),
+}  # fmt: skip
 VALIDATION = Test(Data("consep", "train", "held"))
 PAPER = dict(k=3, tau=1.0, lam=1.0, beta=0.1, group="clamped", consistency="first")
 FIXED, RANDOM, SEG, FULL = "one fixed phrasing", "one random phrasing", "K phrasings, L_seg only", "full method"
@@ -108,6 +166,7 @@ CAUSES = {
     "twice the steps, L_seg only": dict(steps=2, **FOUR[SEG]),
 }
 SHIFTS = "stain_pale", "scanner_colour", "blur", "frozen_section"
+PANNUKE = Data("pannuke", "fold3")
 UNTOUCHED = {  # label -> Data; only all nuclei, as in the paper
     "Histology": Data("histology", "all"),
     "CPM15": Data("cpm15", "all"),
@@ -115,13 +174,22 @@ UNTOUCHED = {  # label -> Data; only all nuclei, as in the paper
     "Kumar-same": Data("kumar", "test_same"),
     "Kumar-diff": Data("kumar", "test_diff"),
     "CryoNuSeg": Data("cryonuseg", "all"),
-    "PanNuke": Data("pannuke", "fold3"),
+    "PanNuke": PANNUKE,
     **{f"synthetic, {s}": Data("synthetic", options=dict(shift=s, size=32)) for s in SHIFTS},
 }
+BASELINES = {
+    "sam3": Published("sam3", options={"truncate": True}),
+    **{name: Published(name) for name in ("clipseg", "grounded-sam2", "sam2", "medsam")},
+    # These two write a text before each mask: one phrasing a level, as all would take days.
+    **{name: Published(name, per_level=1) for name in ("seg-zero", "vision-reasoner")},
+}
+BUNDLED = {f"lite {name}": Published("lite", name) for name in ("fixed", "group")}
 EXPERIMENTS = {
     "table1": Experiment(
         "four ways to train on wording, tested on phrasings that none of them has seen",
-        FOUR, {"validation": VALIDATION, "CoNSeP": Test(Data("consep"))}, FIXED, True,
+        FOUR,
+        {"validation": VALIDATION, "CoNSeP": Test(Data("consep")),
+         "PanNuke": Test(PANNUKE, optional=True, trained="PanNuke")}, FIXED, True,
     ),
     "table2": Experiment(
         "every loss term and constant changed by itself, tested on low-quality phrasings",
@@ -150,27 +218,84 @@ EXPERIMENTS = {
     ),
 }  # fmt: skip
 
+UNTRAINED = Experiment(
+    "the models of Table 1 whose weights are public, as they are published",
+    BASELINES, {"CoNSeP": Test(Data("consep")), "PanNuke": Test(PANNUKE, optional=True)}, "sam3", True,
+)  # fmt: skip
+
+
+def named():
+    return {**EXPERIMENTS, "baselines": UNTRAINED}
+
 
 def find(name):
-    if name not in EXPERIMENTS:
-        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]
+    if name not in named():
+        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join(named())}")
+    return named()[name]
 
 
-def runs(experiment, profile):
-    """Every run of the grid: methods x seeds."""
-    return [make_run(method, changes, seed, profile) for method, changes in experiment.methods.items()
-            for seed in SEEDS[profile]]  # fmt: skip
+def default_segmenter(profile):
+    return "sam3" if profile == "full" else "lite"
 
 
-def make_run(method, changes, seed, profile):
-    changes = PAPER | changes
-    dropout = changes.pop("text_dropout", None)
-    base = TRAINING[profile]
-    changes["steps"] = base.steps * changes.get("steps", 1)  # a method says how many times the budget
+def result_name(name, profile, segmenter):
+    """NAME, the profile unless it is lite, the segmenter unless it is the profile's own: never a table of the book."""
+    parts = [profile] * (profile != "lite") + [segmenter] * (segmenter not in (None, default_segmenter(profile)))
+    return "_".join([name, *parts])
+
+
+def learner(segmenter):
+    if segmenter not in LEARNERS:
+        raise SettingsError(f"experiments do not train {segmenter!r}; choose one of {', '.join(LEARNERS)}")
+    return LEARNERS[segmenter]
+
+
+def runs(experiment, profile, segmenter=None, starts=(), trainable=None):
+    """Every run of the grid: training sets x methods x seeds, or a run for each published model."""
+    if experiment is UNTRAINED:
+        if segmenter or trainable:
+            raise SettingsError("baselines are not trained; choose among them with --start NAME=CHECKPOINT")
+        return published(profile, starts)
+    if len(starts) > 1:
+        raise SettingsError(f"all runs start from one checkpoint; {len(starts)} were given with --start")
+    segmenter = segmenter or default_segmenter(profile)
+    return [
+        make_run(method, changes, seed, profile, segmenter, trained, *starts, trainable=trainable)
+        for trained in {test.trained: "" for test in experiment.tests.values()}
+        if trained in learner(segmenter).sets
+        for method, changes in experiment.methods.items()
+        if segmenter == "lite" or "text_dropout" not in changes  # the others have none
+        for seed in SEEDS[profile]
+    ]
+
+
+def make_run(method, changes, seed, profile, segmenter="lite", trained="CoNSeP", start=None, trainable=None):
+    how, changes = learner(segmenter), PAPER | changes
+    base, dropout = how.settings[profile], changes.pop("text_dropout", None)
+    if trainable:
+        if not hasattr(base, "trainable"):
+            raise SettingsError(f"{segmenter} is always trained whole; leave trainable={trainable} out")
+        base = replace(base, trainable=trainable)
+    steps = how.steps.get(trained, base.steps) if profile == "full" else base.steps
+    changes["steps"] = steps * changes.get("steps", 1)  # a method says how many times the budget
     precision = changes.pop("precision", None) or resolved_precision(base)
     settings = replace(base, seed=seed, precision=precision, **changes)
-    return Run(method, CONSEP.at(profile), settings, dropout)
+    data = how.sets[trained].at(profile)
+    return Run(method, segmenter, start or how.start, how.options, trained, data, settings, dropout)
+
+
+def published(profile, starts):
+    """What `baselines` tests: BASELINES at full, the two bundled checkpoints below it, and what `starts` names.
+
+    Each of those is NAME=CHECKPOINT, other weights for a model that is there or one more segmenter.
+    """
+    methods = dict(BASELINES if profile == "full" else BUNDLED)
+    for given in starts:
+        name, _, checkpoint = given.partition("=")
+        if not checkpoint:
+            raise SettingsError(f"--start {given}: which segmenter is it of? Write NAME=CHECKPOINT, as in sam3={given}")
+        methods[name] = replace(BASELINES.get(name, Published(name)), checkpoint=checkpoint)
+    return [Run(label, m.segmenter, m.checkpoint, m.options, per_level=m.per_level) for label, m in methods.items()]
 
 
 @cache

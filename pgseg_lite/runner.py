@@ -4,8 +4,7 @@ A run lives in FOLDER/KEY, a test of it in FOLDER/KEY/TEST.csv; both names are h
 what is inside. So what is there is finished and is skipped, and a killed run goes on from its last checkpoint.
 """
 
-import ast
-import hashlib
+import gc
 import json
 import os
 import shutil
@@ -13,109 +12,84 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from .errors import DataError, SettingsError, TrainingError
+from .errors import DataError, ModelError, SettingsError, TrainingError
 from .evaluation import evaluate
-from .experiments import BANK, START, find, runs
+from .experiments import BANK, find, runs
+from .keys import run_key, test_key
 from .prompts import PromptBank
 from .settings import PER_LEVEL
 from .tables import by_image, by_phrasing
 
-# The code that decides what comes out; a comment or a docstring in it does not.
-TRAINS = ("training", "losses", "augment", "prompts", "data", "models/lite", "models/text")
-TESTS = ("evaluation", "metrics", "prompts", "data", "models/base", "models/lite", "models/text")
-
-# ---- keys ----
-
-
-@cache
-def code_digest(modules):
-    """12 hex digits for what this code does: its syntax trees without docstrings."""
-    package, trees = Path(__file__).parent, []
-    for module in modules:
-        path = package / module
-        for file in sorted(path.glob("*.*")) if path.is_dir() else [path.with_suffix(".py")]:
-            trees.append(
-                without_docstrings(file.read_text("utf-8")) if file.suffix == ".py" else file.read_text("utf-8")
-            )
-    return hash_of(trees)
-
-
-def without_docstrings(source):
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
-    return ast.dump(tree)
-
-
-def hash_of(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-@cache
-def start_model():
-    from .models import load_segmenter
-
-    return load_segmenter("lite", START, "cpu")
-
-
-def run_key(run):
-    from .training import describe_run
-
-    described = describe_run(run.data.load(), PromptBank.load(BANK), run.settings, 1, start_model())
-    described.pop("save_every")  # decides how much a kill costs, not what comes out
-    return hash_of([described, run.text_dropout, code_digest(TRAINS)])
-
-
-def test_key(test, per_level):
-    bank = PromptBank.load(BANK)
-    asked = bank.foils if test.split == "foils" else bank.digest
-    about = [test.data.load().digest, test.data.targets, test.split, test.levels, per_level, asked]
-    return hash_of([*map(str, about), code_digest(TESTS)])
-
-
 # ---- one run ----
 
 
-def execute(run, key, tests, per_level, folder):
-    """Train one run unless it is there, then test it in every way that is missing. Returns its seconds."""
+def execute(run, key, tests, folder, quiet=True):
+    """Train one run unless it is there, then test it in every way that is missing. Returns its seconds.
+
+    tests: the key of each test, the test, and how many phrasings a level.
+    """
+    from .models import load_segmenter
+
+    started, home = time.perf_counter(), Path(folder) / key
+    give_back_memory()  # what the run before this one held
+    try:
+        if run.settings and not (home / "finished.json").exists():
+            train_run(run, home, quiet)
+        if run.settings and json.loads((home / "finished.json").read_text())["failed"]:
+            return time.perf_counter() - started
+        missing = [one for one in tests if not (home / f"{one[0]}.csv").exists()]
+        if missing:
+            give_back_memory()
+            model = load_segmenter(run.segmenter, home if run.settings else run.start, **run.options)
+            home.mkdir(parents=True, exist_ok=True)
+        for name, test, per_level in missing:
+            records = evaluate(
+                model, test.data.load(), PromptBank.load(BANK), test.levels, test.split, per_level, quiet
+            )
+            write_text(home / f"{name}.csv", records.to_csv(index=False))
+    except torch.OutOfMemoryError as error:
+        from .models.finetune import lighter
+
+        advice = lighter(run.settings) if run.settings else "take a larger GPU"
+        raise ModelError(f"the GPU's memory is too small for this run; {advice}") from error
+    if not run.settings:
+        write_outcome(home, wall_s=time.perf_counter() - started)
+    return time.perf_counter() - started
+
+
+def train_run(run, home, quiet):
     from .models import load_segmenter
     from .training import train
 
-    started, home = time.perf_counter(), Path(folder) / key
-    bank = PromptBank.load(BANK)
-    if not (home / "finished.json").exists():
-        model = load_segmenter("lite", START)
-        if run.text_dropout is not None:
-            model.query_head.dropout.p = run.text_dropout
-        options = dict(model=model, resume=(home / "run.json").exists(), quiet=True)
-        try:
-            result = train(run.data.load(), bank, home, run.settings, **options)
-            outcome = {"wall_s": result.wall_s, "cpu_s": result.cpu_s, "failed": ""}
-        except TrainingError as error:  # a loss that diverges is an outcome: it would do so again
-            outcome = {"wall_s": time.perf_counter() - started, "cpu_s": 0, "failed": str(error)}
-        for checkpoint in home.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        write_text(home / "finished.json", json.dumps(outcome))
-    if not json.loads((home / "finished.json").read_text())["failed"]:
-        missing = {name: test for name, test in tests.items() if not (home / f"{name}.csv").exists()}
-        model = load_segmenter("lite", home) if missing else None
-        for name, test in missing.items():
-            records = evaluate(model, test.data.load(), bank, test.levels, test.split, per_level, quiet=True)
-            write_text(home / f"{name}.csv", records.to_csv(index=False))
-    return time.perf_counter() - started
+    started = time.perf_counter()
+    model = load_segmenter(run.segmenter, run.start, **run.options)
+    if run.text_dropout is not None:
+        model.query_head.dropout.p = run.text_dropout
+    options = dict(model=model, resume=(home / "run.json").exists(), quiet=quiet)
+    try:
+        result = train(run.data.load(), PromptBank.load(BANK), home, run.settings, **options)
+        write_outcome(home, result.wall_s, result.cpu_s)
+    except TrainingError as error:  # a loss that diverges is an outcome: it would do so again
+        write_outcome(home, time.perf_counter() - started, failed=str(error))
+    for checkpoint in home.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def write_outcome(home, wall_s, cpu_s=0, failed=""):
+    write_text(home / "finished.json", json.dumps({"wall_s": wall_s, "cpu_s": cpu_s, "failed": failed}))
+
+
+def give_back_memory():
+    """A trainer and its model refer to each other, so they stay until they are looked for."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def write_text(path, text):
@@ -127,47 +101,66 @@ def write_text(path, text):
 # ---- many runs ----
 
 
-def run_experiment(name, profile="lite", *, jobs=None, scheduler=None, folder="_build/experiments", report=print):
+def run_experiment(
+    name, profile="lite", segmenter=None, starts=(), trainable=None, *, jobs=None, scheduler=None,
+    folder="_build/experiments", report=print,
+):  # fmt: skip
     """Execute what is missing of the named grid and return its tables: {"by_image": ..., "by_phrasing": ...}.
 
-    `jobs` processes share this machine, by default one for each GPU and one where there is none. `scheduler` is
-    the address of a running Dask scheduler whose workers see the same folders.
+    `segmenter` is what is trained, by default lite and at full sam3; `starts` holds the checkpoint that all runs start
+    from, or for baselines NAME=CHECKPOINT of each model to add. `jobs` processes share this machine, by default one
+    for each GPU and one where there is none. `scheduler` is the address of a running Dask scheduler whose workers
+    see the same folders.
     """
-    experiment, per_level = find(name), PER_LEVEL[profile] or None
-    tests = available_tests(experiment, profile, report)
-    keys = {label: test_key(test, per_level) for label, test in tests.items()}
-    grid = {run_key(run): run for run in runs(experiment, profile)}
-    by_key = {keys[label]: test for label, test in tests.items()}
-    todo = {key: run for key, run in grid.items() if not is_finished(Path(folder) / key, by_key)}
-    failures, started = [], time.perf_counter()
+    experiment, folder = find(name), Path(folder).resolve()
+    wanted = runs(experiment, profile, segmenter, starts, trainable)  # first: it refuses what makes no sense
+    tests = available_tests(experiment, wanted, profile, report)
+    grid, asked = {}, {}
+    for run in wanted:
+        per_level = run.per_level or PER_LEVEL[profile] or None
+        mine = {label: test for label, test in tests.items() if run.trained in ("", test.trained)}
+        if mine:
+            grid[key := run_key(run)] = run
+            asked[key] = {label: (test_key(test, per_level, run.segmenter), test, per_level)
+                          for label, test in mine.items()}  # fmt: skip
+    todo = {key: run for key, run in grid.items() if not is_finished(folder / key, asked[key].values())}
+    failures, left_out, started = [], [], time.perf_counter()
     with workers(jobs, scheduler) as (pool, width):
         report(f"{name}: {len(grid)} runs, {len(grid) - len(todo)} of them finished before; {width} at a time")
-        futures = {pool.submit(execute, run, key, by_key, per_level, str(Path(folder).resolve())): run
+        futures = {pool.submit(execute, run, key, [*asked[key].values()], str(folder), width > 1): key
                    for key, run in todo.items()}  # fmt: skip
         for done, future in enumerate(as_completed(futures), 1):
-            run, elapsed = futures[future], time.perf_counter() - started
-            left = (len(todo) - done) * elapsed / done
+            key, elapsed = futures[future], time.perf_counter() - started
+            run, left = grid[key], (len(todo) - done) * elapsed / done
             when = time.strftime("%H:%M", time.localtime(time.time() + left))
             try:
                 said = f"{future.result():.0f} s"
             except Exception as error:
-                said = f"failed: {type(error).__name__}: {error}"
-                failures.append(f"{run.method}, seed {run.settings.seed} {said}")
+                if isinstance(error, ModelError) and not run.settings:
+                    said = f"left out: {error}"
+                    left_out.append(key)
+                else:
+                    said = f"failed: {type(error).__name__}: {error}"
+                    failures.append(f"{run} {said}")
             outlook = f"; the rest until about {when}" if done < len(todo) else ""
-            report(
-                f"[{len(grid) - len(todo) + done}/{len(grid)}] {run.method}, seed {run.settings.seed}: {said}{outlook}"
-            )
+            report(f"[{len(grid) - len(todo) + done}/{len(grid)}] {run}: {said}{outlook}")
     if failures:
         raise TrainingError(f"{name}: {len(failures)} of {len(grid)} runs failed; the first is {failures[0]}")
-    return read_tables(experiment, grid, keys, tests, Path(folder))
+    if len(left_out) == len(grid):
+        raise ModelError(f"{name}: no model of it can be loaded here; what each lacks is said above")
+    return read_tables(experiment, {key: run for key, run in grid.items() if key not in left_out}, asked, folder)
 
 
-def available_tests(experiment, profile, report):
-    tests = {}
+def available_tests(experiment, wanted, profile, report):
+    """Those tests whose images are here, and the images that the models put to them are trained on."""
+    trained, tests = {run.trained: run.data for run in wanted}, {}
     for label, test in experiment.tests.items():
+        if test.trained not in trained and "" not in trained:
+            continue  # this segmenter is not trained on that
         test = replace(test, data=test.data.at(profile))
         try:
-            test.data.load()
+            for data in filter(None, (test.data, trained.get(test.trained))):
+                data.load()
         except DataError as error:
             if not test.optional:
                 raise
@@ -180,9 +173,8 @@ def available_tests(experiment, profile, report):
 def is_finished(home, tests):
     if not (home / "finished.json").exists():
         return False
-    return bool(json.loads((home / "finished.json").read_text())["failed"]) or all(
-        (home / f"{key}.csv").exists() for key in tests
-    )
+    failed = json.loads((home / "finished.json").read_text())["failed"]
+    return bool(failed) or all((home / f"{key}.csv").exists() for key, _, _ in tests)
 
 
 @contextmanager
@@ -196,8 +188,6 @@ def workers(jobs, scheduler):
         with connect(scheduler) as client:
             yield client.get_executor(pure=False), sum(client.nthreads().values())
         return
-    import torch
-
     gpus = torch.cuda.device_count()
     jobs, context = jobs or max(1, gpus), get_context("spawn")
     turns = context.Queue()
@@ -228,43 +218,59 @@ def take_place(turns, threads):
     gpu = turns.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    import torch
-
     torch.set_num_threads(threads)
 
 
 # ---- from runs to tables ----
 
 
-def read_tables(experiment, grid, keys, tests, folder):
+def read_tables(experiment, grid, asked, folder):
     """The tables of all runs; their .attrs["facts"] say what was trained, on what, for how long, and what diverged."""
     images, phrasings, failed, wall, cpu = [], [], {}, 0, 0
     for key, run in grid.items():
         outcome = json.loads((folder / key / "finished.json").read_text())
         wall, cpu = wall + outcome["wall_s"], cpu + outcome["cpu_s"]
-        about = dict(method=run.method, seed=run.settings.seed)
         if outcome["failed"]:
-            failed[f"{run.method}, seed {run.settings.seed}"] = outcome["failed"]
+            failed[str(run)] = outcome["failed"]
             continue
-        for label, test in keys.items():
+        for label, (test, _, _) in asked[key].items():
             records = pd.read_csv(folder / key / f"{test}.csv", keep_default_na=False, na_values=[""])
-            images.append(by_image(records, experiment.detail).assign(**about, test=label))
+            images.append(by_image(records, experiment.detail).assign(**run.about, test=label))
             if experiment.detail:
-                phrasings.append(by_phrasing(records).assign(**about, test=label))
+                phrasings.append(by_phrasing(records).assign(**run.about, test=label))
     if not images:
         raise TrainingError(f"every run diverged; the first: {next(iter(failed.values()))}")
-    loaded = {label: test.data.load() for label, test in tests.items()}
-    trained = next(iter(grid.values())).data.load()
-    sets = [{"name": trained.name, "split": trained.split, "digest": trained.digest, "role": "training"}]
-    sets += [dict(name=d.name, split=d.split, digest=d.digest, role=label) for label, d in loaded.items()]
-    any_run = next(iter(grid.values()))
-    facts = dict(
-        datasets=sets, seeds=sorted({run.settings.seed for run in grid.values()}), wall_s=round(wall),
-        settings=json.loads(json.dumps(asdict(any_run.settings))), cpu_s=round(cpu), failed=failed,
-        start=START, bank={"name": BANK, "digest": PromptBank.load(BANK).digest}, runs=list(grid),
-    )  # fmt: skip
+    facts = dict(wall_s=round(wall), cpu_s=round(cpu), failed=failed, runs=list(grid), **what_was_done(grid, asked))
     tables = {"by_image": images, "by_phrasing": phrasings}
     return {name: with_facts(pd.concat(parts), facts) for name, parts in tables.items() if parts}
+
+
+def what_was_done(grid, asked):
+    """Of a grid's runs: data sets and their roles, seeds, settings of the first, where they start, the bank."""
+    sets = {}
+    for key, run in grid.items():
+        if run.settings:
+            sets[f"training {run.trained}"] = ("training", run.data, {"steps": run.settings.steps})
+        sets |= {label: (label, test.data, {}) for label, (_, test, _) in asked[key].items()}
+    loaded = [
+        (role, data.load(), more) for role, data, more in sorted(sets.values(), key=lambda one: one[0] != "training")
+    ]
+    first = next(iter(grid.values()))
+    settings = asdict(first.settings) if first.settings else {
+        run.method: dict(segmenter=run.segmenter, checkpoint=public_name(run.start), **run.options)
+        for run in grid.values()
+    }  # fmt: skip
+    return dict(
+        datasets=[dict(name=d.name, split=d.split, digest=d.digest, role=role) | more for role, d, more in loaded],
+        seeds=sorted({run.settings.seed for run in grid.values() if run.settings}),
+        settings=json.loads(json.dumps(settings)), segmenter=first.segmenter if first.settings else None,
+        start=public_name(first.start), bank={"name": BANK, "digest": PromptBank.load(BANK).digest},
+    )  # fmt: skip
+
+
+def public_name(checkpoint):
+    """A stamp is public: of a folder only its name."""
+    return Path(checkpoint).name if checkpoint and Path(checkpoint).exists() else checkpoint
 
 
 def with_facts(table, facts):

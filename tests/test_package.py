@@ -74,6 +74,7 @@ def test_module_can_be_read_in_an_evening(repo):
     on_top = {
         "experiments",
         "runner",
+        "keys",
         "tables",
         "claims",
         "plots",

@@ -17,7 +17,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_text import WORDS, save_clip_tokenizer, short_bank
+from tiny_models import save_tiny_sam3
+from tiny_text import WORDS, short_bank
 from transformers import CLIPTokenizerFast, Sam3Config, Sam3Model
 
 import pgseg_lite as pg
@@ -29,38 +30,9 @@ from pgseg_lite.models.base import aggregate
 LONG = "nuclei " * 29 + "see every cells"  # 32 words; start and end make 34 tokens
 
 
-def tiny_config(ids):
-    side = {"hidden_size": 32, "num_attention_heads": 4}
-    deep = {**side, "num_layers": 2, "intermediate_size": 64}
-    vit = {
-        "model_type": "sam3_vit_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": 112, "patch_size": 14, "window_size": 4, "global_attn_indexes": [1],
-        "pretrain_image_size": 112,
-    }  # fmt: skip
-    text = {
-        "model_type": "clip_text_model", "vocab_size": len(ids), "hidden_size": 64, "intermediate_size": 128,
-        "projection_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
-        "bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"],
-    }  # fmt: skip
-    return Sam3Config(
-        vision_config={"fpn_hidden_size": 32, "backbone_config": vit}, text_config=text, mask_decoder_config=side,
-        geometry_encoder_config={**side, "num_layers": 1, "intermediate_size": 64}, detr_encoder_config=deep,
-        detr_decoder_config={**deep, "num_queries": 8},
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sam3") / "tiny"
-    ids = save_clip_tokenizer(folder)
-    torch.manual_seed(0)
-    model = Sam3Model(tiny_config(ids))
-    with torch.no_grad():  # the initial weights are so small that phrasings would hardly matter
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return folder
+    return save_tiny_sam3(tmp_path_factory.mktemp("sam3") / "tiny")
 
 
 @pytest.fixture

@@ -103,10 +103,8 @@ def check(model, settings, phrasings):
     if there is not None:
         needed = memory_needed(model.sam, settings, phrasings)
         if needed > there:
-            ways = [f"{name}={value!r}" for name, value in LIGHTER.items() if getattr(settings, name) != value]
             said = f"training {settings.trainable} needs about {needed:.0f} GiB of GPU memory and {there:.0f} are there"
-            advice = f"try {', '.join(ways)}" if ways else "take a larger GPU"
-            raise ModelError(f"{said}; {advice}")
+            raise ModelError(f"{said}; {lighter(settings)}")
     return settings
 
 
@@ -120,6 +118,13 @@ def choose_serial(sam, settings, phrasings, memory):
 
 
 LIGHTER = {"serial": True, "checkpointing": True, "batch_size": 1, "trainable": "decoder"}
+
+
+def lighter(settings):
+    """What to change where memory is short."""
+    ways = [f"{name}={value!r}" for name, value in LIGHTER.items() if getattr(settings, name, value) != value]
+    return f"try {', '.join(ways)}" if ways else "take a larger GPU"
+
 
 # What the published shape at 1008 px keeps for the backward pass in half precision, counted in GiB: the vision encoder,
 # the same with checkpointing, and a phrasing. In fp32 it is 1.7 times that.
