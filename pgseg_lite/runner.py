@@ -193,7 +193,7 @@ def workers(jobs, scheduler):
     turns = context.Queue()
     for turn in range(jobs):
         turns.put(turn % gpus if gpus else None)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     pool = ProcessPoolExecutor(jobs, context, initializer=take_place, initargs=(turns, threads))
     try:
         yield pool, jobs
