@@ -9,6 +9,7 @@ import pandas as pd
 
 from .errors import ResultError
 from .metrics import bootstrap_weights, interval
+from .results import find_result, load_result
 
 # Is more of it better? All but false_area are means over the tiles that have the target.
 MEASURES = {"dice": True, "lowest": True, "sd": False, "agreement": True, "flips": False, "false_area": False}
@@ -153,3 +154,28 @@ def worst_phrasings(table):
     key = ["test", "split", "level", "method", "target"]
     means = table.groupby([*key, "phrasing"], sort=False)["dice"].mean().dropna().reset_index()
     return means.loc[means.groupby(key, sort=False)["dice"].idxmin()].reset_index(drop=True)
+
+
+def with_full(side, *names, index, columns, root=None, **where):
+    """A chapter's table with columns "full: ..." for what the named experiments gave at the full profile (NAME_full).
+
+    They hold mean Dice in percent, pivoted by `index` and `columns` as the table is, with its row names; `where` keeps
+    the given values of a column. One sentence for each experiment that was not run, and the table as it is for none.
+    """
+    found = []
+    for name in names:
+        try:
+            find_result(f"{name}_full.csv", root)
+        except ResultError:
+            print(f"not measured yet: `pgseg experiment {name} --profile full` on a GPU fills a `full` column here")
+            continue
+        rows = scores(load_result(f"{name}_full", root)).query("measure == 'dice'")
+        for column, wanted in where.items():
+            rows = rows[rows[column].isin(np.atleast_1d(wanted))]
+        found.append(100 * rows.pivot_table(index=index, columns=columns, values="value", sort=False))
+    if not found:
+        return side
+    full = pd.concat(found).round(1)
+    full.columns = [f"full: {' '.join(np.atleast_1d(column))}" for column in full.columns]
+    rows = [*side.index, *(row for row in full.index if row not in side.index)]
+    return side.reindex(rows).join(full.reindex(rows))

@@ -5,7 +5,11 @@ import pandas as pd
 import pytest
 
 import pgseg_lite as pg
+from pgseg_lite import book, tables
 from pgseg_lite.errors import ResultError
+from pgseg_lite.experiments import FULL
+from pgseg_lite.prompts import LEVELS
+from pgseg_lite.results import save_result, stamp
 from pgseg_lite.tables import MEASURES, by_image, by_phrasing, compare, scores, worst_phrasings
 
 
@@ -139,3 +143,57 @@ def test_scores_keep_the_seeds_apart():
 def test_an_unknown_reference_is_refused_with_the_methods_there_are():
     with pytest.raises(ResultError, match="no method 'baseline' here; choose one of old, new"):
         compare(simulated(0.1), "baseline")
+
+
+# ---- the `full` columns of the chapters ----
+
+
+def store_full(name, tests, methods, root):
+    """A made-up full run: a row per test, method, seed, level, target and image."""
+    rows = [
+        dict(method=m, seed=s, test=t, dataset="d", split="heldout", level=lv, target=target, image=f"i{i}",
+             dice=0.5 + 0.1 * s + 0.01 * n, sd=0.1, lowest=0.4, agreement=0.9, flips=0.0, false_area=np.nan,
+             tiles=1, absent=0)
+        for t in tests for n, m in enumerate(methods) for s in range(2)
+        for lv in ("any", *LEVELS) for target in ("all", "dead") for i in range(2)
+    ]  # fmt: skip
+    record = stamp(profile="full", datasets=[], seeds=[0, 1], settings={}, wall_s=1.0)
+    save_result(f"{name}_full", pd.DataFrame(rows), record, root)
+
+
+def test_a_full_column_appears_beside_the_others_once_it_was_measured(tmp_path, capsys):
+    side = pd.DataFrame({"T1": ["70", "80"]}, index=["full method", "the paper's"])
+    by = dict(index="method", columns="task", test="CoNSeP", level="any", root=tmp_path)
+    assert tables.with_full(side, "table1", "baselines", **by) is side
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "`pgseg experiment table1 --profile full`" in said[0]
+    store_full("table1", ["CoNSeP", "validation"], ["full method"], tmp_path)
+    store_full("baselines", ["CoNSeP"], ["full method no more", "clipseg"], tmp_path)
+    full = tables.with_full(side, "table1", "baselines", **by)
+    assert capsys.readouterr().out == ""
+    assert list(full.index) == ["full method", "the paper's", "full method no more", "clipseg"]
+    assert full["full: T1"].tolist()[0] == 55.0 and np.isnan(full["full: T1"].iloc[1])
+    assert full.loc["clipseg", ["full: T1", "full: T2"]].tolist() == [56.0, 56.0]
+
+
+CHAPTERS = {
+    "08_reproduce_table_1": ("table1", ["CoNSeP", "PanNuke"], [FULL], "full: PanNuke T2"),
+    "09_reproduce_table_2": ("table2", ["CoNSeP"], ["K=4"], "full: T2"),
+    "10_reproduce_table_4": ("table4", ["unseen"], [FULL], "full: medium"),
+    "11_reproduce_table_5": ("table5", ["CPM17"], [FULL], f"full: {FULL}"),
+}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_shows_the_full_columns_that_lie_beside_its_table(chapter, repo, tmp_path, monkeypatch, capsys):
+    name, tests, methods, column = CHAPTERS[chapter]
+    store_full(name, tests, methods, tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    cells = [cell.source for cell in book.read(repo / "notebooks" / f"{chapter}.md").cells if cell.cell_type == "code"]
+    last = next(n for n, source in enumerate(cells) if "tables.with_full(" in source)
+    space = {}
+    for source in cells[: last + 1]:
+        capsys.readouterr()
+        exec(source, space)
+    said = capsys.readouterr().out
+    assert column in said and f"experiment {name} " not in said and "55.0" in said
