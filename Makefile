@@ -39,7 +39,7 @@ lock: pyproject.toml  ## resolve requirements.txt anew in a clean environment (T
 
 colab-check: $(READY)  ## ask a resolver whether pyproject.toml fits what Colab has (nothing is installed)
 	uv pip compile --quiet --no-header --no-annotate --system-certs --python-version 3.13 \
-	    --constraint constraints-colab.txt pyproject.toml > _build/colab.txt
+	    --constraint constraints-colab.txt --extra sam3 pyproject.toml > _build/colab.txt
 	@echo "Colab's versions satisfy pyproject.toml on Python 3.13; the resolution is in _build/colab.txt"
 
 checkpoints: $(READY)  ## train the two small checkpoints that ship in the package

@@ -4,6 +4,7 @@ A chapter is two files: NAME.md (MyST) is what people edit and review, NAME.ipyn
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from .errors import PgsegError
 
 STAGED = ("_config.yml", "_toc.yml", "book", "notebooks", "pgseg_lite", "results")  # what a page may include
+COLAB = "https://colab.research.google.com"
 EXTRA_PAGES = {"index", "genindex", "search"}  # Sphinx adds these; index only redirects to the root page
 
 
@@ -84,6 +86,47 @@ def sync(notebook: Path) -> None:
         if same := kept.get((cell.cell_type, cell.source.strip())):
             cell.update({k: v for k, v in same.pop(0).items() if k in ("id", "outputs", "execution_count")})
     write(new, notebook)
+
+
+def give_address(repository: str, source=".") -> list[Path]:
+    """Write OWNER/NAME on GitHub into the book: its buttons, a badge a chapter, and where a chapter clones from.
+
+    Returns the files that changed. Outputs stay, since none of it changes what a chapter computes.
+    """
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", repository):
+        raise PgsegError(f"{repository!r} is not OWNER/NAME of a GitHub repository, as in octocat/hello-world")
+    url, source, changed = f"https://github.com/{repository}", Path(source), []
+    found = chapters(source / "notebooks")
+    if problems := check_pairs(found):
+        raise PgsegError("\n".join(problems))
+    config = source / "_config.yml"
+    text = config.read_text("utf-8")
+    new = re.sub(r"(?m)^# No repository button.*\n", "", text)
+    new = re.sub(r"(?m)^(repository:\n)(?:  .*\n)*", rf"\1  url: {url}\n  branch: main\n", new)
+    new = re.sub(r"(?m)^(launch_buttons:\n)(?:  .*\n)*", rf"\1  thebe: false\n  colab_url: {COLAB}\n", new)
+    if new != text:
+        config.write_text(new, "utf-8")
+        changed.append(config)
+    for path in found:
+        page = f"{COLAB}/github/{repository}/blob/main/notebooks/{path.name}"
+        badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({page})"
+
+        def addressed(text, badge=badge):
+            text = re.sub(r"(?m)^(# .+)\n(?:\n\[!\[Open in Colab\].*\n)?", rf"\1\n\n{badge}\n", text, count=1)
+            return re.sub(r'(?m)^REPOSITORY = ".*?"', f'REPOSITORY = "{url}"', text)
+
+        md, nb = path.with_suffix(".md"), read(path)
+        text = md.read_text("utf-8")
+        if (new := addressed(text)) == text:
+            continue
+        whole = read(md)
+        md.write_text(new, "utf-8")
+        for cell, old, now in zip(nb.cells, whole.cells, read(md).cells, strict=True):
+            if old.source != now.source:
+                cell.source = now.source
+        write(nb, path)
+        changed += [md, path]
+    return changed
 
 
 def run(notebook: Path, target: Path, profile: str) -> tuple[str, float, str]:

@@ -110,6 +110,8 @@ def build_parser():
     build = command(book, run_book_build, "build", "build the HTML, with warnings as errors")
     build.add_argument("--executed", type=Path, help="a folder of executed notebooks to show in place of the stored")
     command(book, run_book_check, "check", "check that notebooks and their text pairs say the same")
+    address = command(book, run_book_address, "address", "say where on GitHub this book is: badges, buttons, bootstrap")
+    address.add_argument("repository", metavar="OWNER/NAME", help="in place of the one before; outputs stay")
     command(book, run_book_sync, "sync", "make each .ipynb from its .md, keeping outputs of unchanged cells")
     return parser
 
@@ -260,6 +262,15 @@ def run_book_check(args):
     problems = check_pairs(chapters())
     print("\n".join(problems) or "every notebook says what its .md says")
     return 1 if problems else 0
+
+
+def run_book_address(args):
+    from .book import chapters, give_address
+
+    if not chapters():
+        raise SettingsError("there is no notebooks/ here; run this in a checkout")
+    changed = give_address(args.repository)
+    print("\n".join(map(str, changed)) or f"the book is at {args.repository} already")
 
 
 def run_book_sync(args):
