@@ -118,7 +118,8 @@ class Run:
 
 CONSEP = Data("consep", "train", "rest")
 TENTH = {"CoNSeP": replace(CONSEP, fraction=0.1), "PanNuke": Data("pannuke", "fold1", fraction=0.1)}
-# The paper's budget: all weights but the text encoder's, one image a step, five passes over a tenth of the tiles.
+# As the paper says: all weights but the text encoder's, one image a step, five passes over a tenth of the tiles.
+PAPER_RUN = dict(trainable="full", accumulation=1, learning_rate=1e-4, save_every=200)
 PAPER_STEPS = {"CoNSeP": 175, "PanNuke": 1330}
 LEARNERS = {
     "lite": Learner(
@@ -133,7 +134,7 @@ LEARNERS = {
         {
             "smoke": replace(SAM3_PROFILES["smoke"], steps=4, view=64),
             "lite": SAM3_PROFILES["lite"],
-            "full": replace(SAM3_PROFILES["full"], trainable="full", accumulation=1, save_every=200),
+            "full": replace(SAM3_PROFILES["full"], **PAPER_RUN),
         },
         "facebook/sam3", TENTH, {"truncate": True}, PAPER_STEPS,  # the bank has phrasings of over 32 tokens
     ),
@@ -254,7 +255,9 @@ def runs(experiment, profile, segmenter=None, starts=(), trainable=None):
     """Every run of the grid: training sets x methods x seeds, or a run for each published model."""
     if experiment is UNTRAINED:
         if segmenter or trainable:
-            raise SettingsError("baselines are not trained; choose among them with --start NAME=CHECKPOINT")
+            raise SettingsError(
+                "baselines are not trained; leave this out, or add a model with --start NAME=CHECKPOINT"
+            )
         return published(profile, starts)
     if len(starts) > 1:
         raise SettingsError(f"all runs start from one checkpoint; {len(starts)} were given with --start")

@@ -12,7 +12,7 @@ from .prompts import PromptBank
 # The code that decides what comes out; a comment or a docstring in it does not.
 TRAINS = ("training", "losses", "augment", "prompts", "data")
 TESTS = ("evaluation", "metrics", "prompts", "data")
-DECIDES_NOTHING = "access"  # of models/: finds weights or says what is in the way
+DECIDE_NOTHING = {"access", "cost"}  # of models/: find weights, say what is in the way, estimate
 
 
 @cache
@@ -27,7 +27,7 @@ def code_of(segmenter):
         tree = ast.parse((folder / f"{name}.py").read_text("utf-8"))
         near = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
         names = {node.module for node in near} | {alias.name for node in near for alias in node.names}
-        waiting |= {name for name in names if name and (folder / f"{name}.py").exists()} - found - {DECIDES_NOTHING}
+        waiting |= {name for name in names if name and (folder / f"{name}.py").exists()} - found - DECIDE_NOTHING
     return tuple(f"models/{name}" for name in sorted(found))
 
 
