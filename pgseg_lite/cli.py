@@ -57,7 +57,7 @@ def build_parser():
         "--segmenter", choices=LEARNERS, help="what is trained; by default lite, at full sam3 (a GPU, 3.4 GB a run)"
     )
     experiment.add_argument(
-        "--start", action="append", default=[], metavar="CHECKPOINT",
+        "--start", action="append", metavar="CHECKPOINT",
         help="what every run starts from, a folder or a hub name; for baselines NAME=CHECKPOINT, a model to add",
     )  # fmt: skip
     experiment.add_argument(
@@ -166,7 +166,7 @@ def run_experiment(args):
     from .tables import scores
 
     options = dict(jobs=args.jobs, scheduler=args.scheduler, folder=args.folder)
-    tables = run_experiment(args.name, args.profile, args.segmenter, args.start, args.trainable, **options)
+    tables = run_experiment(args.name, args.profile, args.segmenter, args.start or (), args.trainable, **options)
     stem = result_name(args.name, args.profile, args.segmenter)
     for table, frame in tables.items():
         record = stamp(profile=args.profile, experiment=args.name, **frame.attrs["facts"])
