@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.honours_range:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if self.server.honours_range else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if self.server.says_length:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         sent = self.server.cuts.pop(0) if self.server.cuts else len(content)
         self.wfile.write(content[start : start + sent])  # a cut: fewer bytes than promised
@@ -65,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.asked, server.statuses, server.cuts, server.stalls = dict(FOLDS), [], [], [], []
-    server.honours_range, server.url = True, f"http://127.0.0.1:{server.server_port}"
+    server.honours_range, server.says_length = True, True
+    server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -119,9 +121,9 @@ def fetch(server, path, name="/fold_1.zip"):
     download.download(server.url + name, path, len(content), hashlib.sha256(content).hexdigest())
 
 
-@pytest.mark.parametrize("honours_range", [True, False])
-def test_a_broken_connection_is_gone_on_from(server, tmp_path, honours_range):
-    server.honours_range, server.cuts = honours_range, [1000, 5000]
+@pytest.mark.parametrize(("honours_range", "says_length"), [(True, True), (False, True), (False, False)])
+def test_a_broken_connection_is_gone_on_from(server, tmp_path, honours_range, says_length):
+    server.honours_range, server.says_length, server.cuts = honours_range, says_length, [1000, 5000]
     fetch(server, tmp_path / "a.zip")
     assert (tmp_path / "a.zip").read_bytes() == FOLDS["/fold_1.zip"] and left(tmp_path) == ["a.zip"]
     starts = [asked for _, asked in server.asked]
@@ -158,7 +160,7 @@ def test_a_busy_server_is_asked_again_and_given_time(server, tmp_path, no_waitin
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ({"statuses": [404]}, "the server answers 404 Not Found; get it in a browser"),
+        ({"statuses": [404]}, "the server answers 404 Not Found; get it in a browser and put it into /"),
         ({"statuses": [403]}, "the server answers 403 Forbidden; get it in a browser"),
         ({"statuses": [500] * 5}, "the server answers 500; 0 of [0-9,]+ bytes are here, so try again to go on"),
         ({"cuts": [0] * 5}, "the connection broke; 0 of"),

@@ -68,8 +68,8 @@ def test_import_is_light():
 def test_module_can_be_read_in_an_evening(repo):
     """The engine, from phrasings and images to records, has under 3,000 lines with something on them; no file is long.
 
-    What stands on it (experiments, claims, pictures, commands, the book's machinery) is read when it is needed, and so
-    are the baselines: models of others, made to answer as ours do.
+    What stands on it (experiments, claims, pictures, commands, getting data, costs, the book's machinery) is read when
+    it is needed, and so are the baselines: models of others, made to answer as ours do.
     """
     on_top = {
         "experiments",
@@ -80,6 +80,9 @@ def test_module_can_be_read_in_an_evening(repo):
         "plots",
         "widgets",
         "cli",
+        "options",
+        "download",
+        "cost",
         "book",
         "paper",
         "results",

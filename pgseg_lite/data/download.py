@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import ssl
 import stat
 import time
 import urllib.error
@@ -158,15 +159,16 @@ def download(url, path: Path, size: int, sha256: str):
 
 def receive(url, part: Path, start: int, size: int, bar) -> str:
     """One attempt. Returns why it ended early; raises where another attempt would not help."""
+    by_hand = f"get it in a browser and put it into {part.parent}"
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "pgseg-lite"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             going_on = answer.status == 206  # else the server sends the file from its beginning
-            offered = (start if going_on else 0) + int(answer.headers.get("Content-Length") or size - start)
-            if offered != size:
+            first, length = start if going_on else 0, answer.headers.get("Content-Length")
+            if length and (offered := first + int(length)) != size:
                 said = f"offers {offered:,} bytes ({answer.headers.get_content_type()}) and not {size:,}"
-                raise DataError(f"{url}: {said}; it may ask for a login, so get it in a browser")
-            bar.n = start if going_on else 0
+                raise DataError(f"{url}: {said}; it may ask for a login; {by_hand}")
+            bar.n = first
             with open(part, "ab" if going_on else "wb", buffering=0) as file:  # what has come is not lost with us
                 while block := answer.read1(BLOCK):
                     file.write(block)
@@ -174,10 +176,12 @@ def receive(url, part: Path, start: int, size: int, bar) -> str:
         return "the connection broke"
     except urllib.error.HTTPError as error:
         if error.code < 500 and error.code not in (408, 429):
-            raise DataError(f"{url}: the server answers {error.code} {error.reason}; get it in a browser") from error
+            raise DataError(f"{url}: the server answers {error.code} {error.reason}; {by_hand}") from error
         return f"the server answers {error.code}"
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         return f"cannot be reached ({getattr(error, 'reason', None) or type(error).__name__})"
+    except OSError as error:
+        raise DataError(f"{part}: cannot be written ({error}); make room or choose another folder") from error
 
 
 def digest(path: Path) -> str:
@@ -221,7 +225,7 @@ def unpack(name, archive: Path, folder: Path, counts: dict):
 def check_member(archive: Path, member: zipfile.ZipInfo):
     """Nothing may leave the folder, by its path or through a link."""
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
         raise DataError(f"{archive}: {member.filename!r} leaves its folder; do not use this archive")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise DataError(f"{archive}: {member.filename!r} is a link; do not use this archive")
