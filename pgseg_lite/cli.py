@@ -7,8 +7,18 @@ from pathlib import Path
 from . import __version__
 from .errors import PgsegError, SettingsError
 from .experiments import LEARNERS, named, result_name
-from .options import add_data_options, add_model_options, add_settings, read_data, read_segmenter, read_settings, say
+from .options import (
+    add_bank_and_device,
+    add_data_options,
+    add_model_options,
+    add_settings,
+    read_data,
+    read_segmenter,
+    read_settings,
+    say,
+)
 from .prompts import LEVELS, PromptBank
+from .regression.command import ABOUT, add_robustness_options, run_robustness
 from .regression.commands import add_prompt_commands
 from .settings import PER_LEVEL, PROFILES, TRAINABLE
 
@@ -49,6 +59,11 @@ def build_parser():
     scores.add_argument("--profile", choices=PROFILES, default="lite", help=f"sets --per-level: {PER_LEVEL}")
     scores.add_argument("--per-level", type=int, help="phrasings a target and level; 0 for all")
     scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
+
+    robust = command(commands, lambda args: run_robustness(args, read_data), "robustness", ABOUT)
+    add_data_options(robust, split="test")
+    add_bank_and_device(robust)
+    add_robustness_options(robust)
 
     experiment = command(commands, run_experiment, "experiment", "run a named grid of trainings and store its tables")
     experiment.add_argument("name", help=f"one of {', '.join(named())}")

@@ -97,20 +97,22 @@ def check_output(output, sample, model):
 
 
 def group_rows(sample, target, phrasings, packed, presence):
-    """The records of one prompt group: K phrasings, one true mask. packed [K, N], presence [K]."""
-    truth = sample.masks[target]
-    true = pack(truth)  # [N]
-    true_area = truth.mean()
+    """The records of one prompt group: K phrasings, one true mask, if it is known. packed [K, N], presence [K]."""
+    truth, pixels = sample.masks.get(target), sample.image.shape[0] * sample.image.shape[1]
+    fits = overlaps = np.full(len(packed), np.nan)
+    true_area = np.nan
+    if truth is not None:
+        true, true_area = pack(truth), truth.mean()  # [N]
+        fits, overlaps = dice(packed, true), iou(packed, true)
     columns = zip(
-        phrasings, dice(packed, true), iou(packed, true), presence, areas(packed) / truth.size,
-        group_agreement(packed), strict=True,
+        phrasings, fits, overlaps, presence, areas(packed) / pixels, group_agreement(packed), strict=True
     )  # fmt: skip
-    flips = flip_share(packed, truth.size)
+    flips = flip_share(packed, pixels)
     return [
         dict(
             image=sample.id, target=target, phrasing=phrasing.text, level=phrasing.level, split=phrasing.split,
             dice=fit, iou=overlap, presence=float(present), area_true=true_area, area_pred=area,
-            absent=not true_area, agreement=agreement, flips=flips,
+            absent=true_area == 0, agreement=agreement, flips=flips,
         )
         for phrasing, fit, overlap, present, area, agreement in columns
     ]  # fmt: skip
@@ -177,5 +179,5 @@ def resample(per_image, resamples, seed):
 
 
 def with_interval(name, estimate, samples):
-    low, high = interval(samples[:, 0])
-    return {name: float(estimate[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    low, high = interval(samples)  # [1] each
+    return {name: float(estimate[0]), f"{name}_low": float(low[0]), f"{name}_high": float(high[0])}

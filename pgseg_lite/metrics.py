@@ -57,6 +57,12 @@ def flip_share(packed, pixels):
     return float(areas(somebody ^ everybody) / pixels)
 
 
+def majority(packed):
+    """The mask of the pixels that more than half of a group mark: [K, N] -> [N]."""
+    votes = np.unpackbits(packed.view(np.uint8), axis=-1).sum(axis=0, dtype=np.uint16)  # [64 N]
+    return np.packbits(2 * votes > len(packed)).view(np.uint64)
+
+
 def bootstrap_means(values, n=2000, seed=0):
     """Means over images under resampling of images: [n_images, M] -> [n, M].
 

@@ -32,9 +32,13 @@ def read_data(args):
     return data
 
 
-def add_model_options(parser):
+def add_bank_and_device(parser):
     parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
+
+
+def add_model_options(parser):
+    add_bank_and_device(parser)
     parser.add_argument("--segmenter", choices=SEGMENTER_NAMES, default="lite", help="which model")
     parser.add_argument(
         "--option", type=option, action="append", metavar="NAME=VALUE", default=[],

@@ -1,0 +1,183 @@
+"""Any text-prompted model as something that can be asked: image and phrasing in, mask out.
+
+A name of `models.SEGMENTERS`     one of this package's; its image encoder runs once per image
+`package.module:function`         a function (uint8 [H, W, 3], text) -> bool or probability [H, W], in its own process
+a Python function                 the same, in this process: for notebooks
+a command with {image} {phrasing} {output}: reads a PNG, writes a mask as PNG; no shell
+http:// or https://               POST {"image": base64 of a PNG, "phrasing": text}; the answer is a PNG (Content-Type
+                                  image/png) or JSON {"mask": base64 of a PNG}. $PGSEG_TOKEN is sent as Bearer token
+
+A mask file is 0 outside and one other value inside. Whatever goes wrong with an item is that item's own failure.
+An adapter of your own has `name`, `fingerprint` and `asking(image)`, a context that gives a function from text to mask.
+"""
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+from threading import Thread
+from uuid import uuid4
+
+import torch
+
+from ..errors import ModelError, SettingsError
+from ..evaluation import predict_packed
+from ..metrics import pack
+from ..models import SEGMENTERS, load_segmenter
+from .answers import Answer, as_mask, fingerprint, reason_of
+from .worker import said
+
+
+def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.0, retries=3, workers=4):
+    """A model that `measure` can ask.
+
+    version   what you call this state of a model that cannot be looked into: kept answers belong to one version
+    timeout   seconds for one answer; retries: of a request to an endpoint; workers: commands or requests at a time
+    """
+    if not timeout > 0:
+        raise SettingsError(f"timeout is {timeout}; give seconds above zero")
+    if retries < 0 or not 1 <= workers <= 64:
+        raise SettingsError(f"retries is {retries} and workers {workers}; use retries >= 0 and 1 to 64 workers")
+    if hasattr(model, "asking"):
+        return Asked(model, workers)
+    if hasattr(model, "predict"):
+        return Builtin(model, version)
+    if callable(model):
+        return Asked(InProcess(model, version, timeout), 1)
+    if model in SEGMENTERS:
+        return Builtin(load_segmenter(model, checkpoint, device), version)
+    if checkpoint:
+        raise ModelError(f"a checkpoint is for {', '.join(SEGMENTERS)}; {model!r} loads its own weights")
+    if re.match(r"https?://", model):
+        from .endpoint import Endpoint
+
+        return Asked(Endpoint(model, version, timeout, retries), workers)
+    if re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", model):
+        from .processes import Worker
+
+        return Asked(Worker(model, version, timeout), 1)
+    if "{" in model:
+        from .processes import Command
+
+        return Asked(Command(model, version, timeout), workers)
+    kinds = (
+        f"one of {', '.join(SEGMENTERS)}, module:function, a command with {{image}} {{phrasing}} {{output}}, or a URL"
+    )
+    raise ModelError(f"{model!r} names no model; give {kinds}")
+
+
+class Builtin:
+    """A Segmenter, asked with all phrasings of an image at once. It runs in this process, without a time limit."""
+
+    def __init__(self, model, version=""):
+        self.model, self.name, self.features, self.refused = model, model.name, {}, {}
+        parts = [model.name, version]
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+            digest = hashlib.blake2b(digest_size=16)
+            for name, tensor in model.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            parts.append(digest.hexdigest())
+        self.fingerprint = fingerprint(*parts)
+
+    def answers(self, sample, texts):
+        """(phrasing, Answer) for each; what fails with the others is asked again alone."""
+        self.encode([text for text in texts if text not in self.features and text not in self.refused])
+        yield from ((text, Answer(None, reason=self.refused[text])) for text in texts if text in self.refused)
+        texts = [text for text in texts if text not in self.refused]
+        if not texts:
+            return
+        try:
+            packed, presence = self.predict(sample, texts)
+            yield from zip(texts, map(Answer, packed, map(float, presence)), strict=True)
+        except Exception as error:  # a model from outside may raise anything
+            if len(texts) == 1:
+                yield texts[0], Answer(None, reason=reason_of(error))
+            else:
+                for text in texts:
+                    yield from self.answers(sample, [text])
+
+    def predict(self, sample, texts):
+        features = None
+        if self.features:
+            features = torch.cat([self.features[text] for text in texts])
+        return predict_packed(self.model, sample, texts, features)
+
+    def close(self):
+        pass
+
+    def encode(self, texts):
+        """Text features of phrasings not seen before, once a run; one that is refused fails on every image."""
+        if not texts or not hasattr(self.model, "encode_text"):
+            return
+        try:
+            self.features |= zip(texts, self.model.encode_text(texts).split(1), strict=True)
+        except Exception as error:
+            if len(texts) > 1:
+                for text in texts:
+                    self.encode([text])
+            else:
+                self.refused[texts[0]] = reason_of(error)
+
+
+class Asked:
+    """A model that takes one phrasing at a time, asked by `workers` threads."""
+
+    def __init__(self, model, workers):
+        self.model, self.workers = model, workers
+        self.name, self.fingerprint = model.name, model.fingerprint
+
+    def answers(self, sample, texts):
+        with self.model.asking(sample.image) as ask:
+            pool = ThreadPoolExecutor(self.workers)
+            try:
+                futures = {pool.submit(answer, ask, text, sample.image.shape[:2]): text for text in texts}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:  # also when whoever asks gives up
+                pool.shutdown(cancel_futures=True)
+
+    def close(self):
+        if hasattr(self.model, "close"):
+            self.model.close()
+
+
+def answer(ask, text, shape):
+    try:
+        return Answer(pack(as_mask(ask(text), shape)))
+    except Exception as error:
+        return Answer(None, reason=reason_of(error))
+
+
+class InProcess:
+    """A Python function. One that hangs cannot be ended from outside, so it is left behind on its thread."""
+
+    def __init__(self, function, version, timeout):
+        self.function, self.timeout = function, timeout
+        self.name = getattr(function, "__name__", type(function).__name__)
+        # What a closure holds cannot be seen: without a version its answers are of this object alone.
+        self.fingerprint = fingerprint("function", self.name, version or uuid4().hex)
+
+    @contextmanager
+    def asking(self, image):
+        yield partial(self.ask, image)
+
+    def ask(self, image, text):
+        result = {}
+
+        def call():
+            try:
+                result["mask"] = self.function(image.copy(), text)
+            except BaseException as error:
+                result["error"] = error
+
+        thread = Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            raise ModelError(f"no answer within {self.timeout:g} s")
+        if "error" in result:
+            raise ModelError(said(result["error"]))
+        return result["mask"]
