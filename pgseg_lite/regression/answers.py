@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import DataError, ModelError, PgsegError, ResultError
-from .worker import said
+from .worker import no_mask, said
 
 
 class Answer(NamedTuple):
@@ -23,8 +23,8 @@ class Answer(NamedTuple):
 def as_mask(answer, shape):
     """bool [H, W] from what a model returned, or a sentence on what is wrong with it."""
     mask = np.asarray(answer)
-    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
-        raise ModelError(f"returned {mask.dtype} of shape {list(mask.shape)}; it must be one mask [height, width]")
+    if problem := no_mask(mask):
+        raise ModelError(problem)
     if mask.shape != tuple(shape):
         here, there = (f"{size[1]} x {size[0]}" for size in (mask.shape, shape))  # as viewers say: W x H
         raise ModelError(f"returned a mask of {here} pixels for an image of {there}; return it at the image's size")

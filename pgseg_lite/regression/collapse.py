@@ -60,11 +60,11 @@ def misplaced(result):
         others = rows.drop(columns=target, errors="ignore")
         # An empty reference (the target is not there) is fitted by no mask.
         better = others.fillna(0).sub(own.fillna(0), axis=0).where(others.notna() | own.notna().to_numpy()[:, None])
-        means = better.mean()
-        if means.max() > MISPLACED:
-            other = means.idxmax()
+        nearer = others.columns[better.mean() > MISPLACED]
+        if len(nearer):
+            other = others[nearer].mean().idxmax()  # where it is there: a part fits better than the whole it lies in
             numbers = list(figure("better", better[other].set_axis(records.loc[rows.index, "image"])).values())
-            if numbers[1] > MISPLACED:
+            if numbers[1] > 0:
                 found.setdefault((target, level, other), []).append((phrasing, numbers))
     for (target, level, other), phrasings in found.items():
         phrasing, numbers = max(phrasings, key=lambda item: item[1][0])

@@ -1,14 +1,14 @@
 """Does this measurement pass? Decided by intervals over images, paired with a baseline where there is one.
 
-The rule. A gate fails when the whole interval lies beyond its limit: the upper end of the change below -max_drop, or the
-lower end of the spread above max_spread. It passes when the whole interval lies on the good side, and is undecided, which
-does not fail, when the limit is inside. So a failure is something shown, not something not ruled out, and more images
-make the gate sharper in both directions.
+The rule. A gate fails when the whole interval lies beyond its limit: the upper end of the change below -max_drop, or
+the lower end of the spread above max_spread. It passes when the whole interval lies on the good side, and is undecided,
+which does not fail, when the limit is inside. So a failure is something shown, not something not ruled out, and more
+images make the gate sharper in both directions.
 
-The intervals of all targets and levels hold together with 95 % probability (`summary.simultaneous`): with twenty or thirty
-of them, one at a time, a model that only jitters would soon fail one by chance. An unchanged model has its change at zero,
-the limit away from it; a drop on one level alone is compared on that level alone, where it is not diluted. Pairing takes
-out what images differ in, so that a few images show a drop of a few hundredths.
+The intervals of all targets and levels hold together with 95 % probability (`summary.simultaneous`): of twenty or
+thirty that hold one at a time, a model that only jitters would soon fail one by chance. An unchanged model has its
+change at zero, and the limit away from it. A drop on one level alone is compared on that level, where it is not
+diluted. Pairing takes out what images differ in, so that a few of them show a drop of a few hundredths.
 """
 
 import numpy as np
@@ -90,7 +90,8 @@ def spread(result, max_spread):
     wide = wide[[column for column in wide if column[0] == "spread"]]
     for (_, target, level), estimate, low, high in intervals(wide, "max_spread"):
         outcome = FAIL if low > max_spread else PASS if high <= max_spread else UNDECIDED
-        reason = f"the spread of Dice over phrasings is {estimate:.3f} ({low:.3f} to {high:.3f}); the limit is {max_spread:g}"
+        found = f"{estimate:.3f} ({low:.3f} to {high:.3f})"
+        reason = f"the spread of Dice over the phrasings of {target} is {found}; the limit is {max_spread:g}"
         yield Check("spread", target, level, outcome, reason, estimate, low, high, max_spread)
 
 

@@ -58,7 +58,7 @@ class Measurement:
 
 
 def open_pictures(folder, tile=256):
-    """A folder of images without masks, as a dataset without targets; every image is read once to know that it can be."""
+    """A folder of images without masks, as a dataset without targets. Each is read now, to know that it can be."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; correct --images")

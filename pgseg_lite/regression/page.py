@@ -61,13 +61,11 @@ def table(headings, rows, texts):
     lines = []
     for row in rows:
         cells = [cell if isinstance(cell, tuple) else (cell, "") for cell in row]
-        lines.append(
-            "".join(
-                f"<td{' class=text' * (i < texts)}>{escape(text)}{f'<br><small>{escape(small)}</small>' * bool(small)}</td>"
-                for i, (text, small) in enumerate(cells)
-            )
-        )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+        small = [f"<br><small>{escape(said)}</small>" if said else "" for _, said in cells]
+        kinds = [" class=text" if i < texts else "" for i in range(len(cells))]
+        cells = [f"<td{k}>{escape(text)}{s}</td>" for (text, _), s, k in zip(cells, small, kinds, strict=True)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body = "".join(lines)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -139,10 +137,11 @@ def draw(target, example):
     axes[0].set_title("disagreement", fontsize=8)
     for axis, i in zip(axes[1:], dict.fromkeys([order[-1], order[0], order[min(1, len(order) - 1)]]), strict=False):
         outline(axis, example.pixels, masks[i], example.truth, example.phrasings[i])
+    nearest, furthest = example.phrasings[order[-1]], example.phrasings[order[0]]
     alt = (
-        f"Four panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, then the "
-        f"outlined mask of {example.phrasings[order[-1]]!r}, nearest to the majority, and of {example.phrasings[order[0]]!r}, "
-        f"furthest from it with Dice {near[order[0]]:.2f}."
+        f"Panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, then the "
+        f"outlined mask of {nearest!r}, nearest to the majority, and of {furthest!r}, furthest from it with Dice "
+        f"{near[order[0]]:.2f}."
     )
     return png(figure, dpi=110, colours=64), alt
 

@@ -1,7 +1,6 @@
 """Models in processes of their own: a function, kept running, and a command, started for every item."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -15,11 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Timer
 
-from numpy.lib.format import read_array, write_array
 from PIL import Image
 
 from ..errors import ModelError
 from .answers import fingerprint, read_mask, version_of
+from .worker import receive, send
 
 PLACES = ("{image}", "{phrasing}", "{output}")
 
@@ -46,8 +45,10 @@ class Worker:
         command = [sys.executable, "-m", "pgseg_lite.regression.worker", self.name]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
-        reply = self.process.stdout.readline()
-        reason, source = json.loads(reply) if reply else ("its process ended at once", None)
+        try:
+            (reason, source), _ = receive(self.process.stdout)
+        except EOFError:
+            reason = "its process ended at once"
         if reason:
             self.close()
             raise ModelError(f"{self.name} cannot be loaded ({reason}); check the name, and that it imports from here")
@@ -64,12 +65,9 @@ class Worker:
         timer = Timer(self.timeout, lambda: (late.append(True), end(self.process)))
         timer.start()
         try:
-            self.process.stdin.write(json.dumps(text).encode() + b"\n")
-            write_array(self.process.stdin, image, allow_pickle=False)
-            self.process.stdin.flush()
-            reason = json.loads(self.process.stdout.readline())
-            mask = None if reason else read_array(self.process.stdout, allow_pickle=False)
-        except (OSError, ValueError):  # the pipe broke, or ended in the middle
+            send(self.process.stdin, text, image)
+            reason, mask = receive(self.process.stdout)
+        except (OSError, EOFError):  # the pipe broke, or ended in the middle
             reason = "" if late else f"its process ended with status {self.close()}"
         finally:
             timer.cancel()

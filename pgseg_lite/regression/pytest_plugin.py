@@ -4,9 +4,9 @@
     def test_wording(prompt_bank):
         prompt_bank.check("my_package.serve:segment")  # or a Python function, a segmenter, a command, a URL
 
-In place of `images`, `data=` takes a dataset from `load_dataset`. The rest of the marker's keywords are those of `measure`
-(levels, per_level, split, folder) and of `check_gates` (max_drop, max_spread, max_failures). Paths are relative to pytest's
-root. To store the baseline: `pytest --prompt-bank-save`.
+In place of `images`, `data=` takes a dataset from `load_dataset`. The rest of the marker's keywords are those of
+`measure` (levels, per_level, split, folder) and of `check_gates` (max_drop, max_spread, max_failures). Paths are
+relative to pytest's root. To store the baseline: `pytest --prompt-bank-save`.
 """
 
 from pathlib import Path

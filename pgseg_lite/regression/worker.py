@@ -1,8 +1,9 @@
 """A `module:function` in a process of its own, so that one that hangs or crashes can be ended and started again.
 
-The parent writes a line (the phrasing, as JSON) and the image; the answer is a line (why it failed, or null) and the mask.
+The parent sends a phrasing and an image; the answer is why it failed, or None, and the mask.
 """
 
+import contextlib
 import importlib
 import io
 import json
@@ -10,7 +11,6 @@ import os
 import sys
 
 import numpy as np
-from numpy.lib.format import read_array, write_array
 
 
 def find(name):
@@ -29,25 +29,49 @@ def said(error):
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
+def no_mask(answer):
+    """What is wrong with an array that cannot be a mask at all; None otherwise."""
+    if answer.ndim != 2 or answer.dtype.kind not in "biuf":
+        return f"returned {answer.dtype} of shape {list(answer.shape)}; it must be one mask [height, width]"
+
+
+def send(stream, value, array=None):
+    """A line of JSON, the value and the number of bytes that follow; then the array as .npy."""
+    content = io.BytesIO()
+    if array is not None:
+        np.save(content, array, allow_pickle=False)
+    stream.write(json.dumps([value, len(content.getvalue())]).encode() + b"\n" + content.getvalue())
+    stream.flush()
+
+
+def receive(stream):
+    """What `send` wrote; EOFError where the other side has gone."""
+    if not (line := stream.readline()).endswith(b"\n"):
+        raise EOFError
+    value, size = json.loads(line)
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return value, np.load(io.BytesIO(content), allow_pickle=False) if size else None
+
+
 def main(name):
     read, write = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints goes to the terminal, not between the answers
     try:
-        function, reason = find(name), None
-        source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+        function = find(name)
+        send(write, [None, getattr(sys.modules[name.partition(":")[0]], "__file__", None)])
     except BaseException as error:  # a module may call sys.exit()
-        reason, source = said(error), None
-    write.write(json.dumps([reason, source]).encode() + b"\n")
-    write.flush()
-    while reason is None and (line := read.readline()):
-        image, answer = read_array(read, allow_pickle=False), io.BytesIO()
-        try:
-            write_array(answer, np.asarray(function(image, json.loads(line))), allow_pickle=False)
-            failed = None
-        except BaseException as error:
-            answer, failed = io.BytesIO(), said(error)
-        write.write(json.dumps(failed).encode() + b"\n" + answer.getvalue())
-        write.flush()
+        return send(write, [said(error), None])
+    with contextlib.suppress(EOFError):
+        while True:
+            phrasing, image = receive(read)
+            try:
+                mask = np.asarray(function(image, phrasing))
+                reason = no_mask(mask)
+            except BaseException as error:
+                mask, reason = None, said(error)
+            send(write, reason, None if reason else mask)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,496 @@
+"""Prompt regression: the same figures through every adapter, seeded regressions caught for the right reason."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from regression_models import BANK, Replay, bundled, odd, painted, segment, served
+
+import pgseg_lite as pg
+from pgseg_lite.cli import main
+from pgseg_lite.metrics import majority, pack
+from pgseg_lite.prompts import Phrasing
+from pgseg_lite.regression import (
+    Report,
+    adapt,
+    alarms,
+    check_gates,
+    dispersion,
+    load_baseline,
+    measure,
+    open_pictures,
+    save_baseline,
+)  # fmt: skip
+from pgseg_lite.regression.summary import level_gap, separation, simultaneous
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a bank and a small dataset."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "bank.yaml").write_text(BANK)
+    painted(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bank(place):
+    return pg.PromptBank.load(place / "bank.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    return pg.load_dataset("folder", place / "data", "all", tile=None)
+
+
+@pytest.fixture(scope="module")
+def masks(bank, data):
+    """What the bundled checkpoint answers: (image bytes, phrasing) -> bool [H, W]."""
+    texts = list({p.text for p in (*bank.phrasings, *bank.foils)})
+    found = {}
+    for sample in data:
+        predicted = bundled("group").predict(sample.image, texts).masks[0].numpy()
+        found |= {(sample.image.tobytes(), text): mask for text, mask in zip(texts, predicted, strict=True)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ask(masks, bank, data):
+    """Measure the checkpoint's masks after a change."""
+
+    def measured(change=lambda mask, text, generator: mask, seed=0, bank=bank, data=data, **options):
+        return measure(adapt(Replay(masks, change, seed)), data, bank, quiet=True, **options)
+
+    return measured
+
+
+@pytest.fixture(scope="module")
+def plain(ask):
+    return ask()
+
+
+@pytest.fixture(scope="module")
+def baseline(plain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("baseline") / "baseline.json"
+    save_baseline(plain, check_gates(plain), path)
+    return load_baseline(path)
+
+
+def failed(checks):
+    return {(check.gate, check.target, check.level): check.reason for check in checks if check.outcome == "fail"}
+
+
+# ---- one model, every adapter ----
+
+
+@pytest.mark.parametrize("checkpoint", ["fixed", "group"])
+def test_every_adapter_gives_the_same_figures(checkpoint, place, bank, monkeypatch):
+    monkeypatch.setenv("TEST_CHECKPOINT", checkpoint)
+    monkeypatch.syspath_prepend(HERE)
+    data = pg.load_dataset("folder", place / "data", "all", fraction=0.3, tile=None)
+    with served() as address:
+        command = f"{sys.executable} -S {HERE / 'regression_client.py'} {{image}} {{phrasing}} {{output}} {address}/png"
+        models = {
+            "built in": adapt("lite", checkpoint, "cpu"),
+            "segmenter": adapt(bundled(checkpoint)),
+            "function": adapt(segment),
+            "module:function": adapt("regression_models:segment"),
+            "command": adapt(command, workers=2),
+            "endpoint, PNG": adapt(f"{address}/png", workers=2),
+            "endpoint, JSON": adapt(f"{address}/json", workers=2),
+        }
+        results = {name: measure(model, data, bank, per_level=1, quiet=True) for name, model in models.items()}
+    first = results["built in"]
+    assert len(first.records) == 3 * 3 * (3 + 1) and first.records["dice"].max() > 0.5
+    assert results["segmenter"].about == first.about  # the same weights have the same fingerprint
+    for name, result in results.items():
+        assert result.failures.empty, name
+        # A phrasing decoded alone may differ from one decoded among others in the last bit of a logit.
+        same = dict(check_dtype=False, atol=2e-3, rtol=0)
+        drop = ["presence", "segmenter"]  # a mask from outside says nothing about presence
+        pd.testing.assert_frame_equal(result.records.drop(columns=drop), first.records.drop(columns=drop), **same)
+        pd.testing.assert_frame_equal(dispersion(result), dispersion(first), **same)
+
+
+def test_a_misbehaving_model_fails_its_items_and_no_others(data, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    reasons = {
+        "raise": "RuntimeError: out of memory",
+        "hang": "no answer within 1 s",
+        "small": "returned a mask of 8 x 8 pixels for an image of 128 x 128",
+        "nan": "returned NaN or infinity",
+        "logits": "returned 5 to 5; return probabilities (0 to 1), or bool",
+        "grey": "grey levels besides 0",
+        "nothing": "it must be one mask [height, width]",
+    }
+    phrasings = ["print", "raise", "hang", "small", "crash", "nan", "logits", "grey", "nothing", "nuclei"]
+    data = data.hold_out(0.2)[1]
+    for model in (odd, "regression_models:odd"):
+        here = [text for text in phrasings if text != "crash" or model is not odd]  # that would end this process
+        bank = replace(pg.PromptBank.load("nuclei"), targets=("all",), foils=(), phrasings=tuple(
+            Phrasing(text, "all", "low", "train", "", text) for text in here))  # fmt: skip
+        result = measure(adapt(model, timeout=1), data, bank, levels=("low",), quiet=True)
+        found = result.failures.groupby("phrasing")["reason"].unique()
+        for text, reason in reasons.items():
+            assert len(found[text]) == 1 and reason in found[text][0], (text, found[text])
+        if model is not odd:
+            assert "its process ended with status 7" in found["crash"][0]
+        assert set(result.records["phrasing"]) == {"print", "nuclei"}
+        assert len(result.failures) == len(data) * (len(here) - 2)
+        (answers, *_) = check_gates(result)
+        assert answers.gate == "answers" and answers.outcome == "fail" and "'raise' on" in answers.reason
+        assert check_gates(result, max_failures=len(result.failures))[0].outcome == "pass"
+
+
+def test_one_bad_phrasing_of_a_segmenter_fails_alone(data):
+    """All phrasings of an image are asked at once; when that fails, each is asked alone."""
+
+    class Partly:
+        name = "partly"
+
+        def predict(self, image, prompts):
+            if any("every" in prompt for prompt in prompts):
+                raise ValueError("32 tokens at most")
+            return bundled("group").predict(image, prompts)
+
+    texts = ("nuclei", "every nucleus")
+    bank = replace(pg.PromptBank.load("nuclei"), targets=("all",), foils=(), phrasings=tuple(
+        Phrasing(text, "all", "low", "train", "", text) for text in texts))  # fmt: skip
+    result = measure(adapt(Partly()), data.hold_out(0.2)[1], bank, levels=("low",), quiet=True)
+    assert set(result.failures["reason"]) == {"ValueError: 32 tokens at most"}
+    assert set(result.records["phrasing"]) == {"nuclei"} and result.records["agreement"].isna().all()
+    assert "nuclei" in Report(result, check_gates(result)).text()  # one phrasing alone has no agreement, and is shown
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_token_is_sent(data, bank, monkeypatch):
+    image = data[0].image
+    with served() as address:
+        with adapt(f"{address}/busy", retries=1).model.asking(image) as asked:
+            assert asked("nuclei").shape == image.shape[:2]
+        monkeypatch.setenv("PGSEG_TOKEN", "secret")
+        with adapt(f"{address}/token").model.asking(image) as asked:
+            assert asked("nuclei").any()
+
+
+# ---- with and without true masks ----
+
+
+def test_without_masks_agreement_flips_and_foils_are_those_with_masks(place, ask, plain, bank):
+    pictures = open_pictures(place / "data" / "images", tile=None)
+    bare = ask(data=pictures)
+    assert bare.records["dice"].isna().all() and not bare.about["truth"] and not bare.records["absent"].any()
+    columns = ["agreement", "flips", "level_agreement", "majority", "area_pred"]
+    pd.testing.assert_frame_equal(bare.records[columns], plain.records[columns])
+    pd.testing.assert_frame_equal(separation(bare), separation(plain))
+    table = dispersion(bare)
+    assert table["mean"].between(0.5, 1).all() and table["worst_phrasing"].notna().all()
+    assert "There are no true masks" in Report(bare, check_gates(bare)).text()
+
+
+def test_figures_against_counting_by_hand(plain):
+    """Agreement within a level, the majority mask, the gap between levels."""
+    generator = np.random.default_rng(0)
+    masks = generator.random((5, 9, 31)) < 0.5
+    votes = majority(pack(masks))
+    np.testing.assert_array_equal(votes, pack(masks.sum(0) > 2.5))
+    records = plain.records[(plain.records["target"] == "all") & (plain.records["split"] != "foils")]
+    low = records[records["level"] == "low"]
+    assert (low.groupby("image")["level_agreement"].nunique() == 1).all()  # of two masks there is one IoU
+    means = records[~records["absent"]].groupby("level")["dice"].mean()
+    gaps = level_gap(plain).set_index("target")
+    assert gaps.loc["all", "gap"] == pytest.approx(means["high"] - means["low"])
+    assert gaps.loc["all", "levels"] == "high minus low"
+
+
+# ---- gates ----
+
+
+def jitter(mask, text, generator):
+    """A model that is not deterministic: each pixel is decided otherwise with probability 0.01."""
+    return mask ^ (generator.random(mask.shape) < 0.01)
+
+
+def test_an_unchanged_model_under_a_new_seed_passes_20_times_out_of_20(ask, tmp_path):
+    first = ask(jitter, seed=100)
+    save_baseline(first, check_gates(first), tmp_path / "b.json")
+    before = load_baseline(tmp_path / "b.json")
+    for seed in range(20):
+        result = ask(jitter, seed=seed)
+        assert not result.records.equals(first.records)
+        checks = check_gates(result, before, max_drop=0.02, max_spread=0.1)
+        assert not failed(checks), (seed, failed(checks))
+        assert sum(check.gate == "drop" and check.outcome == "pass" for check in checks) >= 8  # shown, not undecided
+
+
+def test_five_percent_worse_on_one_level_alone_is_found_there(ask, baseline, bank):
+    """Each mask of level high loses what costs 5 % of its Dice; the other levels stay as they are."""
+    high = {p.text for p in bank.phrasings if p.level == "high"}
+    worse = ask(lambda mask, text, generator: mask & ~((text in high) & (generator.random(mask.shape) < 0.095)))
+    change = worse.records["dice"] / ask().records["dice"] - 1
+    touched = worse.records["level"].eq("high") & change.notna()
+    assert change[touched].mean() == pytest.approx(-0.05, abs=0.02) and (change[~touched].dropna() == 0).all()
+    reasons = failed(check_gates(worse, baseline))
+    assert ("drop", "all", "high") in reasons
+    assert {level for gate, _, level in reasons if gate == "drop"} == {"high"}
+    assert reasons["drop", "all", "high"].startswith("Dice of all at level high got worse, by -0.0")
+
+
+def test_bare_means_do_not_decide(ask, baseline):
+    """A drop of the mean beyond the limit that hangs on one image of ten is undecided, and says so."""
+    one = next(iter(baseline.keys))
+    first = ask().records
+
+    def lost(mask, text, generator):
+        return mask & False if mask.sum() == areas else mask
+
+    areas = round(first[first["image"] == one]["area_pred"].iloc[0] * 128 * 128)
+    checks = check_gates(ask(lost), baseline)
+    drop = next(check for check in checks if (check.gate, check.target, check.level) == ("drop", "all", "low"))
+    assert drop.estimate < -0.02 and drop.outcome == "undecided"
+
+
+def test_intervals_hold_together():
+    """24 quantities of 20 images whose true change is zero: at least one interval misses it in about 5 % of runs."""
+    generator, missed = np.random.default_rng(0), 0
+    for seed in range(150):
+        shared = generator.normal(size=(20, 1))
+        wide = pd.DataFrame(shared + generator.normal(size=(20, 24)), index=[f"image{i}" for i in range(20)])
+        _, low, high = simultaneous(wide, resamples=300, seed=seed)
+        missed += ((low > 0) | (high < 0)).any()
+    assert missed <= 18  # 12 %: the probability of more is below 0.001 if it is 5 %
+
+
+def test_a_spread_is_gated_without_a_baseline(plain):
+    assert failed(check_gates(plain, max_spread=0.001))
+    assert not failed(check_gates(plain, max_spread=0.2))
+
+
+def test_a_deaf_model_agrees_perfectly_and_fails(masks, data, bank, baseline):
+    fixed = {image: mask for (image, text), mask in masks.items() if text == "nuclei"}
+
+    model = Replay({(image, text): fixed[image] for image, text in masks})
+    result = measure(adapt(model), data, bank, quiet=True)
+    assert (result.records["agreement"].dropna() == 1).all()
+    for before in (None, baseline):
+        reasons = failed(check_gates(result, before))
+        assert "agreement was bought by deafness" in reasons["deaf", "all targets", ""]
+        assert "answers texts that ask for something else" in reasons["foils", "inflammatory", ""]
+    report = Report(result, check_gates(result))
+    assert report.verdict.startswith("FAILED: the model is deaf to words")
+    assert report.verdict in report.text() and "deaf to words" in report.html()
+
+
+def swapped(bank, level="medium"):
+    """The phrasings of two targets at one level, each listed under the other."""
+    other = {"inflammatory": "epithelial", "epithelial": "inflammatory"}
+    moved = [replace(p, target=other.get(p.target, p.target)) if p.level == level else p for p in bank.phrasings]
+    return replace(bank, phrasings=tuple(moved), digest="swapped")
+
+
+def test_a_bank_with_a_swapped_target_is_found(ask, bank, baseline, plain):
+    assert not failed(alarms(plain))
+    result = ask(bank=swapped(bank))
+    alone = failed(alarms(result))
+    assert {key for key in alone if key[0] == "misplaced"} == {
+        ("misplaced", "inflammatory", "medium"), ("misplaced", "epithelial", "medium"),
+    }  # fmt: skip
+    assert (
+        "2 phrasings listed under inflammatory are answered with the mask of epithelial"
+        in (alone["misplaced", "inflammatory", "medium"])
+    )
+    reasons = failed(check_gates(result, baseline))
+    assert "2 phrasings under epithelial that stood under inflammatory" in reasons["bank", "epithelial", "medium"]
+    assert not {key for key in reasons if key[0] == "drop"}  # those phrasings are not compared as if they were the same
+
+
+def test_an_alarm_that_rang_before_is_no_regression(ask, bank, tmp_path):
+    wrong = swapped(bank)
+    first = ask(bank=wrong)
+    checks = check_gates(first)
+    assert failed(checks)
+    save_baseline(first, checks, tmp_path / "b.json")
+    again = check_gates(ask(bank=wrong), load_baseline(tmp_path / "b.json"))
+    assert not failed(again)
+    assert any("(as in the baseline)" in check.reason for check in again)
+
+
+def test_only_common_items_are_compared_and_it_is_said(ask, bank, baseline, data):
+    part = data.hold_out(0.3)[0]
+    smaller = replace(bank, phrasings=tuple(p for p in bank.phrasings if p.level != "low"), digest="smaller")
+    checks = check_gates(ask(bank=smaller, data=part, levels=("medium", "high")), baseline)
+    said = next(check.reason for check in checks if check.gate == "baseline")
+    assert said == (
+        "compared with baseline.json on 7 images (7 here, 10 there) and 15 phrasings, since banks differ: "
+        "agreement and foils are not compared"
+    )
+    assert {check.level for check in checks if check.gate == "drop"} == {"any", "medium", "high"}
+    assert not failed(checks)
+
+
+def test_a_stored_baseline_has_no_machine_in_it_and_small_items(plain, baseline):
+    text = baseline.path.read_text()
+    content = json.loads(text)
+    assert content["schema"] == 1 and content["versions"]["pgseg_lite"] == pg.__version__
+    assert len(text) < 40 * len(plain.records) + 5000
+    merged = baseline.records.merge(plain.records, on=["image", "target", "phrasing"], suffixes=("", "_new"))
+    assert len(merged) == len(plain.records)
+    np.testing.assert_allclose(merged["dice"], merged["dice_new"], atol=1e-5)
+    np.testing.assert_array_equal(merged["absent"], merged["absent_new"])
+
+
+# ---- reports ----
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_fetches_nothing_and_says_what_it_shows(ask, baseline, bank):
+    result = ask(bank=swapped(bank))
+    text = Report(result, check_gates(result, baseline)).html()
+    page = Page(text)
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 3 and all(len(picture["alt"]) > 60 for picture in pictures)
+    assert all(picture["src"].startswith("data:image/png;base64,") for picture in pictures)
+    assert not [t for t, a in page.tags if t in ("script", "link", "iframe") or "//" in a.get("href", "")]
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert "prefers-color-scheme: dark" in text and len(text) < 1_500_000
+
+
+def test_junit_has_a_case_for_each_check(ask, baseline, bank):
+    report = Report(result := ask(bank=swapped(bank)), check_gates(result, baseline))
+    suite = ET.fromstring(report.junit())
+    assert int(suite.get("tests")) == len(report.checks) == len(suite.findall("testcase"))
+    assert int(suite.get("failures")) == len(report.failed) == len(suite.findall("testcase/failure")) > 0
+    assert "swapped" in suite.find("testcase[@classname='pgseg.bank']/failure").get("message")
+
+
+# ---- the command, kills and pytest ----
+
+
+def robustness(place, *more):
+    return ["robustness", "--dataset", "folder", "--root", place / "data", "--split", "all", "--tile", "0",
+            "--bank", place / "bank.yaml", *more]  # fmt: skip
+
+
+def test_the_command_saves_compares_and_fails(capsys, place, tmp_path):
+    def run(*more):
+        status = main([str(word) for word in robustness(place, "--device", "cpu", *more)])
+        return status, capsys.readouterr().out
+
+    status, out = run("--save", tmp_path / "b.json")
+    assert status == 0 and "worst for all: '" in out and "\npassed: 0 of " in out
+    kinds = [word for kind in ("json", "junit", "html") for word in (f"--{kind}", tmp_path / f"report.{kind}")]
+    status, out = run("--against", tmp_path / "b.json", "--checkpoint", "fixed", *kinds)
+    assert status == 1 and "fail: drop: all high: Dice of all at level high got worse" in out
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert not found["passed"] and len(found["dispersion"]) == 3 * 4 and found["failures"] == []
+    assert (tmp_path / "report.junit").read_text().startswith("<?xml") and (tmp_path / "report.html").stat().st_size
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_killed_in_the_middle_and_called_again_gives_the_same_report(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+    def words(folder, report):
+        return [str(word) for word in robustness(
+            place, "--model", "regression_models:slow", "--folder", tmp_path / folder, "--json", tmp_path / report)]  # fmt: skip
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pgseg_lite.cli", *words("kept", "first.json")],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    kept = 0
+    while not kept and killed.poll() is None:
+        time.sleep(0.1)
+        if (tmp_path / "kept" / "answers.sqlite").is_file():
+            with sqlite3.connect(tmp_path / "kept" / "answers.sqlite") as file:
+                try:
+                    kept = file.execute("SELECT count(*) FROM answers").fetchone()[0]
+                except sqlite3.OperationalError:  # the table is being made
+                    continue
+    assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "first.json").exists()
+    main(words("kept", "second.json"))
+    said = capsys.readouterr().err
+    assert " of 210 answers are from earlier calls" in said and "\n210 of 210" not in said
+    main(words("other", "straight.json"))
+    assert "from earlier calls" not in capsys.readouterr().err
+    assert (tmp_path / "second.json").read_bytes() == (tmp_path / "straight.json").read_bytes()
+
+
+def test_gating_in_pytest(place, tmp_path):
+    (tmp_path / "test_site.py").write_text(f"""
+import pytest
+site = pytest.mark.prompt_bank("{place}/bank.yaml", images="{place}/data/images", tile=None, per_level=1,
+                               baseline="b.json", max_drop=0.02)
+
+def small(image, phrasing):
+    dark = image[..., 0].astype(int) + len(phrasing) // 20
+    if any(word in phrasing for word in ("cytoplasm", "beside", "everything")):
+        return dark > 190
+    if "inflammatory" in phrasing or "immune" in phrasing:
+        return dark < 110
+    return (dark > 109 * ("epithel" in phrasing)) & (dark < 160)
+
+@site
+def test_wording(prompt_bank):
+    assert prompt_bank.check(small).passed
+
+@site
+def test_deaf(prompt_bank):
+    prompt_bank.check(lambda image, phrasing: image[..., 0] < 100)
+
+def test_unmarked(prompt_bank):
+    pass
+""")
+
+    def run(*more):
+        plugin = ["-p", "no:pgseg", "-p", "pgseg_lite.regression.pytest_plugin", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", *plugin, *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+
+    assert "1 passed" in run("--prompt-bank-save", "-k", "wording") and (tmp_path / "b.json").is_file()
+    out = run()
+    assert "1 passed" in out and "1 failed, 1 passed, 1 error" in out, out
+    assert "the model is deaf to words" in out
+    assert "the fixture prompt_bank needs @pytest.mark.prompt_bank(BANK, images=...)" in out
+
+
+def test_the_plugin_and_the_command_are_light():
+    """Every pytest run imports the plugin and every `pgseg` the command's options."""
+    heavy = {"torch", "pandas", "numpy", "matplotlib", "scipy", "transformers"}
+    code = f"import sys, pgseg_lite.regression.pytest_plugin; print(sorted(sys.modules.keys() & {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_of_the_engine_imports_it(repo):
+    users = [p for p in (repo / "pgseg_lite").rglob("*.py") if "regression" not in p.parts and p.stem != "cli"]
+    importing = re.compile(r"^\s*(from|import) .*\bregression\b", re.M)
+    assert not [path for path in users if importing.search(path.read_text())]
