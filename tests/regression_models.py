@@ -5,10 +5,10 @@ import io
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 
 import numpy as np
 from PIL import Image
@@ -114,6 +114,9 @@ class Replay:
         yield ask
 
 
+ONE_AT_A_TIME = Lock()
+
+
 class Service(BaseHTTPRequestHandler):
     """POST /segment as documented; other paths fail in their own ways."""
 
@@ -134,13 +137,16 @@ class Service(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
             self.end_headers()
-            for _ in range(20):
-                self.wfile.write(b"\x89")
-                self.wfile.flush()
-                time.sleep(0.05)
+            with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits that long
+                for _ in range(20):
+                    self.wfile.write(b"\x89")
+                    self.wfile.flush()
+                    time.sleep(0.05)
             return None
-        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))))
-        Image.fromarray(segment(image, body["phrasing"])).save(png := io.BytesIO(), "PNG")
+        image = np.array(Image.open(io.BytesIO(base64.b64decode(body["image"]))))
+        with ONE_AT_A_TIME:
+            mask = segment(image, body["phrasing"])
+        Image.fromarray(mask).save(png := io.BytesIO(), "PNG")
         if self.path == "/json":
             answer = json.dumps({"mask": base64.b64encode(png.getvalue()).decode()}).encode()
             return self.reply(200, answer, "application/json")

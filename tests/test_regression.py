@@ -101,7 +101,7 @@ def failed(checks):
 def test_every_adapter_gives_the_same_figures(checkpoint, place, bank, monkeypatch):
     monkeypatch.setenv("TEST_CHECKPOINT", checkpoint)
     monkeypatch.syspath_prepend(HERE)
-    data = pg.load_dataset("folder", place / "data", "all", fraction=0.3, tile=None)
+    data = pg.load_dataset("folder", place / "data", "all", fraction=0.2, tile=None)
     with served() as address:
         command = f"{sys.executable} -S {HERE / 'regression_client.py'} {{image}} {{phrasing}} {{output}} {address}/png"
         models = {
@@ -115,7 +115,7 @@ def test_every_adapter_gives_the_same_figures(checkpoint, place, bank, monkeypat
         }
         results = {name: measure(model, data, bank, per_level=1, quiet=True) for name, model in models.items()}
     first = results["built in"]
-    assert len(first.records) == 3 * 3 * (3 + 1) and first.records["dice"].max() > 0.5
+    assert len(first.records) == 2 * 3 * (3 + 1) and first.records["dice"].max() > 0.5
     assert results["segmenter"].about == first.about  # the same weights have the same fingerprint
     for name, result in results.items():
         assert result.failures.empty, name
@@ -224,12 +224,13 @@ def jitter(mask, text, generator):
     return mask ^ (generator.random(mask.shape) < 0.01)
 
 
-def test_an_unchanged_model_under_a_new_seed_passes_20_times_out_of_20(ask, tmp_path):
-    first = ask(jitter, seed=100)
+def test_an_unchanged_model_under_a_new_seed_passes_20_times_out_of_20(ask, data, tmp_path):
+    data = data.hold_out(0.2)[0]
+    first = ask(jitter, seed=100, data=data)
     save_baseline(first, check_gates(first), tmp_path / "b.json")
     before = load_baseline(tmp_path / "b.json")
     for seed in range(20):
-        result = ask(jitter, seed=seed)
+        result = ask(jitter, seed=seed, data=data)
         assert not result.records.equals(first.records)
         checks = check_gates(result, before, max_drop=0.02, max_spread=0.1)
         assert not failed(checks), (seed, failed(checks))
@@ -469,15 +470,14 @@ def test_unmarked(prompt_bank):
     pass
 """)
 
-    def run(*more):
-        plugin = ["-p", "no:pgseg", "-p", "pgseg_lite.regression.pytest_plugin", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", *plugin, *more]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
-
-    assert "1 passed" in run("--prompt-bank-save", "-k", "wording") and (tmp_path / "b.json").is_file()
-    out = run()
-    assert "1 passed" in out and "1 failed, 1 passed, 1 error" in out, out
+    plugin = ["-p", "no:pgseg", "-p", "pgseg_lite.regression.pytest_plugin", "-p", "no:cacheprovider"]
+    words = ["-q", "--strict-markers", *plugin]
+    code = f"import pytest; pytest.main({words} + ['--prompt-bank-save', '-k', 'wording']); pytest.main({words})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert "1 passed, 2 deselected" in out and (tmp_path / "b.json").is_file()
+    assert "1 failed, 1 passed, 1 error" in out, out
     assert "the model is deaf to words" in out
     assert "the fixture prompt_bank needs @pytest.mark.prompt_bank(BANK, images=...)" in out
 
