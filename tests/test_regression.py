@@ -176,6 +176,13 @@ def test_one_bad_phrasing_of_a_segmenter_fails_alone(data):
     assert "nuclei" in Report(result, check_gates(result)).text()  # one phrasing alone has no agreement, and is shown
 
 
+def test_one_phrasing_a_target_is_enough_for_a_report(ask, bank):
+    least = replace(bank, phrasings=tuple(p for p in bank.phrasings if p.text == bank.fixed(p.target)), foils=())
+    report = Report(result := ask(bank=least), check_gates(result, max_spread=0.1))
+    assert report.passed and result.records["agreement"].isna().all()
+    assert '"agreement": null' in report.json() and "<td" in report.html() and report.junit() and report.text()
+
+
 def test_a_busy_endpoint_is_asked_again_and_a_token_is_sent(data, bank, monkeypatch):
     image = data[0].image
     with served() as address:
@@ -310,7 +317,7 @@ def test_a_bank_with_a_swapped_target_is_found(ask, bank, baseline, plain):
         ("misplaced", "inflammatory", "medium"), ("misplaced", "epithelial", "medium"),
     }  # fmt: skip
     assert (
-        "2 phrasings listed under inflammatory are answered with the mask of epithelial"
+        "2 phrasings listed under inflammatory (level medium) are answered with the mask of epithelial"
         in (alone["misplaced", "inflammatory", "medium"])
     )
     reasons = failed(check_gates(result, baseline))

@@ -133,6 +133,8 @@ FROM_THE_START = [
     (f"{TRUE} --against {{site}}/without.json", "without.json: a damaged baseline (KeyError: 'items'); store it again"),
     (f"{TRUE} --against {{site}}/short.json", "short.json: a damaged baseline (ValueError"),
     (f"{TRUE} --against {{site}}/words.json", "words.json: a damaged baseline (ValueError"),
+    (f"{TRUE} --against {{site}}/others.json", "others.json: none of its images is in this run; measure the images"),
+    (f"{MINE} --against {{site}}/good.json", "good.json: measured with true masks, this run without masks; measure both"),
     # limits, outputs and the folder
     (f"{TRUE} --max-drop -0.1", "max_drop is -0.1; give a number of at least 0"),
     (f"{TRUE} --max-spread nan", "max_spread is nan; give a number of at least 0"),

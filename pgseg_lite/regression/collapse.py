@@ -33,7 +33,8 @@ def heard(result):
 def overlaps(result):
     """Per image: mean IoU among phrasings of one target, and between the majorities of two. Empty masks say nothing."""
     records = asked_for(result)
-    within = records[records["marked"]].groupby("image")["agreement"].mean()
+    alone = records.assign(agreement=records["agreement"].fillna(1))  # one phrasing agrees with itself
+    within = alone[alone["marked"]].groupby("image")["agreement"].mean()
     return within, result.pairs.groupby("image")["iou"].mean()
 
 
@@ -69,8 +70,8 @@ def misplaced(result):
     for (target, level, other), phrasings in found.items():
         phrasing, numbers = max(phrasings, key=lambda item: item[1][0])
         reason = (
-            f"{len(phrasings)} phrasings listed under {target} are answered with the mask of {other}, such as "
-            f"{phrasing!r}: either they stand under the wrong target of the bank, or the model takes one for the other"
+            f"{len(phrasings)} phrasings listed under {target} (level {level}) are answered with the mask of {other}, "
+            f"such as {phrasing!r}: either they stand under the wrong target of the bank, or the model takes one for the other"
         )
         yield Check("misplaced", target, level, FAIL, reason, *numbers, MISPLACED)
     if not found:

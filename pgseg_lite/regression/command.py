@@ -65,7 +65,10 @@ def add_robustness_options(parser):
     gates.add_argument("--save", type=Path, help="store a baseline in this JSON file")
     gates.add_argument("--against", type=Path, help="compare with this baseline")
     gates.add_argument(
-        "--max-drop", type=float, default=0.02, help="what may get lost since the baseline, e.g. of Dice"
+        "--max-drop",
+        type=float,
+        default=0.02,
+        help="what Dice, agreement, distance of foils may lose, false area gain",
     )
     gates.add_argument("--max-spread", type=float, help="largest spread (sd of Dice over phrasings) of any group")
     gates.add_argument("--max-failures", type=int, default=0, help="items that may fail")
@@ -87,11 +90,13 @@ def run_robustness(args, read_data):
     if args.images and args.root:
         raise SettingsError("--images and --root are two places for images; give --images, or --dataset with --root")
     bank = PromptBank.load(args.bank)
-    from . import adapters, baseline, gates, measurement, report  # torch, from here on
+    from . import adapters, answers, baseline, gates, measurement, report  # torch, from here on
 
     before = baseline.load_baseline(args.against) if args.against else None
     gates.check_limits(args.max_drop, args.max_spread, args.max_failures)
     data = measurement.open_pictures(args.images, args.tile or None) if args.images else read_data(args)
+    if before:
+        gates.check_alike(before, bool(data.targets), (answers.image_key(sample.image) for sample in data))
     options = {name: getattr(args, name) for name in ("timeout", "retries", "workers")}
     model = adapters.adapt(args.model, args.checkpoint, args.device, version=args.model_version, **options)
     split = None if args.phrasings == "all" else args.phrasings

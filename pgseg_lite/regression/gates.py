@@ -42,6 +42,16 @@ def check_limits(max_drop, max_spread, max_failures):
             raise SettingsError(f"{name} is {limit}; give a number of at least 0")
 
 
+def check_alike(baseline, truth, keys):
+    """Whether there is anything to compare: known before a model is asked. `keys` are of images."""
+    if truth != baseline.about["truth"]:
+        there, here = ("with true masks" if known else "without masks" for known in (not truth, truth))
+        raise ResultError(f"{baseline.path}: measured {there}, this run {here}; measure both alike")
+    known = set(baseline.keys.values())
+    if not any(key in known for key in keys):
+        raise ResultError(f"{baseline.path}: none of its images is in this run; measure the images of the baseline")
+
+
 def answers(result, max_failures):
     count = len(result.failures)
     said = f"{count} of {result.asked} items failed"
@@ -61,10 +71,6 @@ def known(check, baseline):
 
 def against(result, baseline, max_drop):
     """What changed since the baseline, on the items of both."""
-    here, there = result.about["truth"], baseline.about["truth"]
-    if here != there:
-        words = {True: "with true masks", False: "without masks"}
-        raise ResultError(f"{baseline.path}: measured {words[there]}, this run {words[here]}; measure both alike")
     new, old, same_items = paired(result, baseline)
     yield restriction(new, result, baseline, same_items)
     if not same_items:
@@ -110,8 +116,7 @@ def paired(result, baseline):
     items = ["key", *ITEM]
     new = result.records.assign(key=result.records["image"].map(result.keys)).drop_duplicates(items)
     old = baseline.records.assign(key=baseline.records["image"].map(baseline.keys)).drop_duplicates(items)
-    if not set(new["key"]) & set(old["key"]):
-        raise ResultError(f"{baseline.path}: none of its images is in this run; measure the images of the baseline")
+    check_alike(baseline, result.about["truth"], new["key"])
     same_items = set(zip(*new[ITEM].to_numpy().T, strict=True)) == set(zip(*old[ITEM].to_numpy().T, strict=True))
     new, old = new.set_index(items), old.set_index(items)
     common = new.index.intersection(old.index, sort=False)

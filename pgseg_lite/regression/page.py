@@ -22,8 +22,8 @@ h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
 th { white-space: nowrap; } td small { white-space: nowrap; opacity: .75; }
-.text, th.text { text-align: left; } td.text { min-width: 5rem; }
-.fail { color: var(--bad); } .pass { color: var(--good); } .verdict.fail, .verdict.pass { color: inherit; }
+.text, th.text { text-align: left; } td.long { text-align: left; min-width: 18rem; }
+.fail b { color: var(--bad); } .pass b { color: var(--good); } ul { padding-left: 1.2rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: white; border-radius: .3rem; }
 figcaption { font-size: .85rem; }
 """
@@ -36,14 +36,14 @@ def page(report):
         f"<h1>Prompt robustness of {escape(report.result.about['model'])}</h1><p>{about}.</p>",
         f'<p class="verdict {outcome}" role="status">{escape(report.verdict)}</p>',
         checks(report),
+        "<h2>The groups that agree least</h2>",
+        *pictures(report.result),
         f"<h2>How far masks move with wording</h2><p>{escape(report.measured_against)} In small print: 95 % bootstrap "
         "intervals over images. Spread and range are over the phrasings of one image; agreement is the mean IoU of "
         "two of them; flips is the share of pixels on which they do not agree; false area is what is marked where "
         "the target is absent.</p>",
         figures(report),
         words(report),
-        "<h2>The groups that agree least</h2>",
-        *pictures(report.result),
         failures(report.result),
     ]
     return (
@@ -55,31 +55,32 @@ def page(report):
     )
 
 
-def table(headings, rows, texts):
-    """The first `texts` columns are words. Cells are (text, small print) or text."""
-    head = "".join(f'<th scope="col"{" class=text" * (i < texts)}>{escape(h)}</th>' for i, h in enumerate(headings))
-    lines = []
+def table(headings, rows):
+    """Cells are (text, small print) or text; the first two columns are words, the last is a sentence."""
+    kinds = ["text", "text", *[""] * (len(headings) - 3), "text long"]
+    head = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for h, k in zip(headings, kinds, strict=True))
+    body = ""
     for row in rows:
         cells = [cell if isinstance(cell, tuple) else (cell, "") for cell in row]
         small = [f"<br><small>{escape(said)}</small>" if said else "" for _, said in cells]
-        kinds = [" class=text" if i < texts else "" for i in range(len(cells))]
-        cells = [f"<td{k}>{escape(text)}{s}</td>" for (text, _), s, k in zip(cells, small, kinds, strict=True)]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    body = "".join(lines)
+        columns = zip(cells, small, kinds, strict=True)
+        cells = [f'<td class="{kind}">{escape(text)}{more}</td>' for (text, _), more, kind in columns]
+        body += f"<tr>{''.join(cells)}</tr>\n"
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def checks(report):
-    order = sorted(report.checks, key=lambda check: (check.outcome == PASS, check.outcome != FAIL))
-    shown = [check for check in order if check.outcome != PASS]
-    passed = [check for check in order if check.outcome == PASS]
-    head = ["outcome", "check", "target", "level", "why"]
+    passed = [check for check in report.checks if check.outcome == PASS]
+    return (
+        f"<h2>Checks</h2>{listed(report.failed) or '<p>Nothing failed.</p>'}"
+        f"<details><summary>{len(report.undecided)} undecided: add images</summary>{listed(report.undecided)}</details>"
+        f"<details><summary>{len(passed)} passed</summary>{listed(passed)}</details>"
+    )
 
-    def lines(part):
-        return table(head, [(c.outcome, c.gate, c.target, c.level, c.reason) for c in part], 5)
 
-    found = lines(shown) if shown else "<p>Nothing failed and nothing is undecided.</p>"
-    return f"<h2>Checks</h2>{found}<details><summary>{len(passed)} passed</summary>{lines(passed)}</details>"
+def listed(checks):
+    lines = [f"<li><b>{escape(f'{c.gate}, {c.target} {c.level}'.strip())}</b>: {escape(c.reason)}</li>" for c in checks]
+    return f'<ul class="{checks[0].outcome}">{"".join(lines)}</ul>' if checks else ""
 
 
 def figures(report):
@@ -87,8 +88,8 @@ def figures(report):
     for row in report.figures.to_dict("records"):
         cells = [number(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in SHOWN]
         worst = row["worst_phrasing"] if isinstance(row["worst_phrasing"], str) else "-"
-        rows.append([row["target"], row["level"], worst, *cells, str(row["images"])])
-    return table(["target", "level", "worst phrasing", *HEADINGS.values(), "images"], rows, 3)
+        rows.append([row["target"], row["level"], *cells, str(row["images"]), worst])
+    return table(["target", "level", *HEADINGS.values(), "images", "worst phrasing"], rows)
 
 
 def number(estimate, low, high):
@@ -151,4 +152,4 @@ def failures(result):
         return f"<h2>Failed items</h2><p>None of {result.asked}.</p>"
     rows = result.failures.head(LISTED).to_numpy().tolist()
     said = f"<p>{len(result.failures)} of {result.asked}, the first {len(rows)} listed.</p>"
-    return f"<h2>Failed items</h2>{said}{table(['image', 'phrasing', 'reason'], rows, 3)}"
+    return f"<h2>Failed items</h2>{said}{table(['image', 'phrasing', 'reason'], rows)}"

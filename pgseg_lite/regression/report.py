@@ -28,7 +28,9 @@ class Report:
     def verdict(self):
         if deaf := [check for check in self.failed if check.gate == "deaf"]:
             return f"FAILED: {deaf[0].reason}"
-        counts = f"{len(self.failed)} of {len(self.checks)} checks failed, {len(self.undecided)} undecided"
+        gates = ", ".join(dict.fromkeys(check.gate for check in self.failed))
+        which = f" ({gates})" if gates else ""
+        counts = f"{len(self.failed)} of {len(self.checks)} checks failed{which}, {len(self.undecided)} undecided"
         return f"{'passed' if self.passed else 'FAILED'}: {counts}"
 
     @property
