@@ -71,7 +71,7 @@ def misplaced(result):
         phrasing, numbers = max(phrasings, key=lambda item: item[1][0])
         reason = (
             f"{len(phrasings)} phrasings listed under {target} (level {level}) are answered with the mask of {other}, "
-            f"such as {phrasing!r}: either they stand under the wrong target of the bank, or the model takes one for the other"
+            f"such as {phrasing!r}: they stand under the wrong target of the bank, or the model takes one for the other"
         )
         yield Check("misplaced", target, level, FAIL, reason, *numbers, MISPLACED)
     if not found:
