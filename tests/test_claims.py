@@ -83,7 +83,7 @@ def test_every_table_belongs_to_an_experiment_or_a_measurement(repo):
     from pgseg_lite.experiments import EXPERIMENTS
 
     known = {*EXPERIMENTS, *(f"{name}_phrasings" for name, e in EXPERIMENTS.items() if e.detail)}
-    known |= {"consep_lite", "consep_blind", "sam3_cost"}
+    known |= {"consep_lite", "consep_blind", "sam3_cost", "sam3_steps"}
     assert {path.stem for path in (repo / "results").glob("*.csv")} == known
 
 
