@@ -208,18 +208,26 @@ def measure(subjects):
 
 
 def with_ratios(rows):
-    """Each row beside its model's K = 1 of the same part: in seconds, in wall seconds, in arithmetic."""
-    base = {(row["model"], row["part"]): row for row in rows if (row["way"], row["k"]) == ("shared", 1)}
-    for row in rows:
-        one = base[row["model"], row["part"]]
-        row.setdefault("gflop", row["k"] * one["gflop"])  # naive: whole passes
-        row["bound"] = row["gflop"] / one["gflop"]
-        for clock, ratio in (("cpu_s", "cpu_ratio"), ("wall_s", "wall_ratio")):
-            if clock in row:
-                row[ratio] = statistics.median(a / b for a, b in zip(row[clock], one[clock], strict=True))
+    """`bound`, `cpu_ratio`, `wall_ratio`: over the same model and part with K = 1, in arithmetic and by each clock.
+
+    `naive_bound` and `naive_over`: K whole passes over this way of asking, in arithmetic and in seconds of CPU.
+    """
+    by_case = {tuple(row[name] for name in ("model", "part", "way", "k")): row for row in rows}
+    for (model, part, way, k), row in by_case.items():
+        one, naive = by_case[model, part, "shared", 1], by_case.get((model, part, "naive", k))
+        row.setdefault("gflop", k * one["gflop"])  # naive: whole passes
+        row |= {"bound": row["gflop"] / one["gflop"], "naive_bound": k * one["gflop"] / row["gflop"]}
+        if "cpu_s" in row:
+            row |= {"cpu_ratio": over(row, one, "cpu_s"), "wall_ratio": over(row, one, "wall_s")}
+            if naive and way == "shared":
+                row["naive_over"] = over(naive, row, "cpu_s")
     for row in rows:
         row |= {clock: statistics.median(row[clock]) for clock in ("cpu_s", "wall_s") if clock in row}
     return pd.DataFrame(rows)
+
+
+def over(row, other, clock):
+    return statistics.median(a / b for a, b in zip(row[clock], other[clock], strict=True))
 
 
 def main():
