@@ -259,3 +259,5 @@ def test_bad_options(load):
         load(tile=8)
     with pytest.raises(ModelError, match="clipseg has no option 'top_k'; it has tile, truncate"):
         load(top_k=3)
+    with pytest.raises(SettingsError, match="clipseg trains with TrainSettings, not Sam3Settings; leave"):
+        load().prepare_training(pg.Sam3Settings(trainable="full"), ["nuclei"], phrasings=2)

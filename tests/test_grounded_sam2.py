@@ -346,3 +346,5 @@ def test_bad_options(load):
         load(box_threshold=35)
     with pytest.raises(ModelError, match="has no option 'text_threshold'; it has box_threshold, tile, truncate"):
         load(text_threshold=0.25)
+    with pytest.raises(SettingsError, match="grounded-sam2 trains with TrainSettings, not Sam3Settings; leave"):
+        load().prepare_training(pg.Sam3Settings(trainable="full"), ["nuclei"], phrasings=2)

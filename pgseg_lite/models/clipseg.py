@@ -121,12 +121,10 @@ class ClipSegSegmenter(nn.Module):
 
     def prepare_training(self, settings, texts, phrasings):
         """Freeze all but the decoder, and return the optimiser's parameter groups."""
-        from .finetune import parameter_groups
+        from .finetune import train_only
 
         self.text.check_lengths(texts)
-        self.clipseg.requires_grad_(False)
-        self.clipseg.decoder.requires_grad_(True)
-        return parameter_groups(self.clipseg, settings)
+        return train_only(self, settings, lambda name: name.startswith("clipseg.decoder."))
 
     @property
     def device(self):

@@ -71,6 +71,16 @@ def parameter_groups(sam, settings):
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
+def train_only(model, settings, wanted):
+    """Freeze all parameters of a baseline but those whose name is `wanted`, and return AdamW's groups."""
+    if isinstance(settings, Sam3Settings):
+        said = f"{model.name} trains with TrainSettings, not Sam3Settings"
+        raise SettingsError(f"{said}; leave settings out, or pass those")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+    return parameter_groups(model, settings)
+
+
 def rate(name, sam, settings):
     if not name.startswith("vision_encoder."):
         return settings.learning_rate

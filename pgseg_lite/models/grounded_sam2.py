@@ -26,8 +26,10 @@ from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxe
 
 NAME = "grounded-sam2"
 PARTS = ("detector", "masks")  # the two folders of a checkpoint
-# Of SAM2's mask decoder, what one mask for a box does not pass through: its scores, and the three masks for a click.
-IDLE = ("iou_prediction_head.", "pred_obj_score_head.", *(f"output_hypernetworks_mlps.{i}." for i in (1, 2, 3)))
+DECODER = "masks.sam.mask_decoder."
+# What one mask for a box does not pass through: scores, and the three masks that SAM2 has for a click.
+UNUSED = ("iou_prediction_head", "pred_obj_score_head", *(f"output_hypernetworks_mlps.{i}" for i in (1, 2, 3)))
+IDLE = tuple(f"{DECODER}{part}." for part in UNUSED)
 
 
 class GroundedSam2Segmenter(nn.Module):
@@ -110,13 +112,10 @@ class GroundedSam2Segmenter(nn.Module):
 
     def prepare_training(self, settings, texts, phrasings):
         """Freeze all but SAM2's mask decoder, and return the optimiser's parameter groups."""
-        from .finetune import parameter_groups
+        from .finetune import train_only
 
         self.detector.text.check_lengths(texts)
-        self.masks.requires_grad_(False)
-        for name, parameter in self.masks.sam.mask_decoder.named_parameters():
-            parameter.requires_grad_(not name.startswith(IDLE))
-        return parameter_groups(self.masks.sam, settings)
+        return train_only(self, settings, lambda name: name.startswith(DECODER) and not name.startswith(IDLE))
 
     @property
     def device(self):
