@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,8 +18,15 @@ PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
 def fetch(checkpoint, model_types):
     """The folder of a transformers checkpoint whose config.json names one of `model_types`: a local one, or the hub's.
 
-    Small files come first, so that whatever is wrong shows before gigabytes are fetched.
+    Small files come first, so that whatever is wrong shows before gigabytes are fetched. Several processes may ask at
+    once: the hub's client locks each file, so that one of them fetches it and the others wait.
     """
+    if os.environ.get("RANK", "0") != "0":  # of several processes one shows its progress
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bars()
+        disable_progress_bar()
     folder = Path(checkpoint)
     if not folder.is_dir():
         if str(checkpoint).count("/") != 1 or folder.is_absolute():
