@@ -63,10 +63,13 @@ def hash_of(content):
 
 
 @cache
-def start_model(segmenter, start):
+def about_start(segmenter, start):
+    """What a run's record says of the weights it starts from; they themselves are not kept in memory."""
     from .models import load_segmenter
+    from .training import fingerprint
 
-    return load_segmenter(segmenter, start, "cpu", **LEARNERS[segmenter].options)
+    model = load_segmenter(segmenter, start, "cpu", **LEARNERS[segmenter].options)
+    return {"start": fingerprint(model)} | getattr(model, "options", {})
 
 
 def run_key(run):
@@ -74,9 +77,10 @@ def run_key(run):
         return hash_of([run.segmenter, checkpoint_digest(run.start), run.options])
     from .training import describe_run
 
-    start = start_model(run.segmenter, run.start)
-    described = describe_run(run.data.load(), PromptBank.load(BANK), run.settings, 1, start)
-    described.pop("save_every")  # decides how much a kill costs, not what comes out
+    described = describe_run(run.data.load(), PromptBank.load(BANK), run.settings, 1, None)
+    described |= about_start(run.segmenter, run.start)
+    for name in ("save_every", "serial"):  # what a kill costs, and what memory: not what comes out
+        described.pop(name, None)
     return hash_of([described, run.options, run.text_dropout, code_digest(TRAINS + code_of(run.segmenter))])
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -135,6 +136,9 @@ def run_experiment(
             when = time.strftime("%H:%M", time.localtime(time.time() + left))
             try:
                 said = f"{future.result():.0f} s"
+            except BrokenProcessPool:
+                said = "failed: a process was killed, as a rule for lack of memory; the same command goes on from here"
+                failures.append(f"{run} {said}")
             except Exception as error:
                 if isinstance(error, ModelError) and not run.settings:
                     said = f"left out: {error}"

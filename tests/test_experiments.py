@@ -1,8 +1,11 @@
 """Experiments: keys, runs that are kept, skipped, resumed and reported, on processes and on a Dask cluster."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -199,6 +202,22 @@ def test_one_failing_run_does_not_stop_the_others(tiny, tmp_path):
     with pytest.raises(TrainingError, match=r"tiny: 1 of 2 runs failed; the first is full method, seed 0"):
         runner.run_experiment("tiny", "smoke", folder=tmp_path, report=said.append)
     assert (tmp_path / grid["K=2"] / "finished.json").is_file()
+
+
+def test_a_process_that_the_system_kills_is_reported_with_the_next_step(tiny, tmp_path):
+    def kill(said):
+        if said.startswith("tiny"):
+            threading.Thread(target=kill_first_child, daemon=True).start()
+
+    def kill_first_child():
+        while not (children := [child for child in multiprocessing.active_children() if child.pid]):
+            time.sleep(0.05)
+        children[0].kill()
+
+    with pytest.raises(
+        TrainingError, match=r"tiny: 2 of 2 runs failed; .* a process was killed, .* same command goes on"
+    ):
+        runner.run_experiment("tiny", "smoke", folder=tmp_path, report=kill)
 
 
 def test_a_loss_that_diverges_is_an_outcome(tiny, tmp_path):
