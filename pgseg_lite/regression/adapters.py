@@ -79,6 +79,8 @@ class Builtin:
             for name, tensor in model.state_dict().items():
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if hasattr(model, "encode_text"):  # a frozen text encoder may be kept out of the module
+                digest.update(model.encode_text(["nuclei"]).detach().float().cpu().contiguous().numpy().data)
             parts.append(digest.hexdigest())
         self.fingerprint = fingerprint(*parts)
 
