@@ -8,7 +8,8 @@ http:// or https://               POST {"image": base64 of a PNG, "phrasing": te
                                   image/png) or JSON {"mask": base64 of a PNG}. $PGSEG_TOKEN is sent as Bearer token
 
 A mask file is 0 outside and one other value inside. Whatever goes wrong with an item is that item's own failure.
-An adapter of your own has `name`, `fingerprint` and `asking(image)`, a context that gives a function from text to mask.
+An adapter of your own has `name`, `fingerprint` and `asking(image)`, a context that gives a function from text to mask;
+it is asked by one thread, or by as many as its `workers` says. Models that answer differently need other fingerprints.
 """
 
 import hashlib
@@ -40,15 +41,16 @@ def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.
     if retries < 0 or not 1 <= workers <= 64:
         raise SettingsError(f"retries is {retries} and workers {workers}; use retries >= 0 and 1 to 64 workers")
     if hasattr(model, "asking"):
-        return Asked(model, workers)
+        return Asked(model, getattr(model, "workers", 1))
     if hasattr(model, "predict"):
         return Builtin(model, version)
     if callable(model):
         return Asked(InProcess(model, version, timeout), 1)
-    if model in SEGMENTERS:
+    if isinstance(model, str) and model in SEGMENTERS:
         return Builtin(load_segmenter(model, checkpoint, device), version)
     if checkpoint:
         raise ModelError(f"a checkpoint is for {', '.join(SEGMENTERS)}; {model!r} loads its own weights")
+    model = str(model)
     if re.match(r"https?://", model):
         from .endpoint import Endpoint
 

@@ -56,7 +56,7 @@ def add_robustness_options(parser):
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (not of lite, sam3, ...)")
     parser.add_argument("--retries", type=int, default=3, help="of a request to an endpoint")
     parser.add_argument("--workers", type=int, default=4, help="commands or requests at a time")
-    parser.add_argument("--images", type=Path, help="a folder of images without masks, in place of --dataset")
+    parser.add_argument("--images", type=Path, help="a folder of images without masks, not --dataset; see --tile")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="quality levels to ask in")
     parser.add_argument("--phrasings", choices=("all", "heldout", "train"), default="all", help="which of the bank's")
     parser.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")

@@ -88,6 +88,8 @@ def against(result, baseline, max_drop):
         if high < -max_drop:
             outcome, verb = FAIL, "got worse, by"
         reason = f"{what} {verb} {estimate:+.3f} ({low:+.3f} to {high:+.3f}); the limit is {-max_drop:+g}"
+        if np.isnan(estimate):
+            reason = f"{what} is known on fewer than {FEWEST} images in common"
         yield Check(GATES[measure], target, level, outcome, reason, estimate, low, high, -max_drop)
 
 
@@ -98,17 +100,20 @@ def spread(result, max_spread):
         outcome = FAIL if low > max_spread else PASS if high <= max_spread else UNDECIDED
         found = f"{estimate:.3f} ({low:.3f} to {high:.3f})"
         reason = f"the spread of Dice over the phrasings of {target} is {found}; the limit is {max_spread:g}"
+        if np.isnan(estimate):
+            reason = f"the spread of Dice over the phrasings of {target} is known on fewer than {FEWEST} images"
         yield Check("spread", target, level, outcome, reason, estimate, low, high, max_spread)
 
 
 def intervals(wide, who):
-    """(column, estimate, low, high) of the columns with enough images."""
+    """(column, estimate, low, high); NaN for columns with too few images."""
     wide = wide.dropna(axis=1, how="all")
     enough = wide.loc[:, sources(wide) >= FEWEST]
     if enough.empty:
         most = max(sources(wide), default=0)
         raise ResultError(f"{who}: a gate needs at least {FEWEST} images in common, and there are {most}; add images")
     yield from zip(enough, *simultaneous(enough), strict=True)
+    yield from ((column, np.nan, np.nan, np.nan) for column in wide if column not in enough)
 
 
 def paired(result, baseline):
