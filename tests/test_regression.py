@@ -418,6 +418,14 @@ def test_the_command_saves_compares_and_fails(capsys, place, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_the_help_has_a_recipe_for_ci(capsys):
+    with pytest.raises(SystemExit):
+        main(["robustness", "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: pgseg robustness") and "exit status\n  0  passed" in said
+    assert "\n        - uses: actions/checkout" in said and "--against baseline.json --max-drop 0.02" in said
+
+
 def test_killed_in_the_middle_and_called_again_gives_the_same_report(place, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
 

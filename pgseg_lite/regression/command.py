@@ -71,7 +71,7 @@ def add_robustness_options(parser):
         help="what Dice, agreement, distance of foils may lose, false area gain",
     )
     gates.add_argument("--max-spread", type=float, help="largest spread (sd of Dice over phrasings) of any group")
-    gates.add_argument("--max-failures", type=int, default=0, help="items that may fail")
+    gates.add_argument("--max-failures", type=int, default=0, help="items that may fail (default: 0)")
     reports = parser.add_argument_group("reports")
     for kind, text in (("json", "every figure"), ("junit", "JUnit XML for CI"), ("html", "a page with pictures")):
         reports.add_argument(f"--{kind}", type=Path, help=f"{text}, in this file")
