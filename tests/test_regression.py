@@ -302,6 +302,12 @@ def test_a_deaf_model_agrees_perfectly_and_fails(masks, data, bank, baseline):
     assert report.verdict in report.text() and "deaf to words" in report.html()
 
 
+def test_a_model_that_hears_all_but_the_target_is_told_from_a_deaf_one(data, bank):
+    by_length = measure(adapt(lambda image, text: image[..., 0] < 3 * len(text)), data, bank, quiet=True)
+    reason = failed(alarms(by_length))["deaf", "all targets", ""]
+    assert reason.startswith("the model does not follow the target: masks of one target overlap 0.")
+
+
 def swapped(bank, level="medium"):
     """The phrasings of two targets at one level, each listed under the other."""
     other = {"inflammatory": "epithelial", "epithelial": "inflammatory"}

@@ -26,6 +26,8 @@ def heard(result):
     said = f"masks of one target overlap {within.mean():.2f}, masks of two targets {between.mean():.2f} (IoU)"
     if numbers[2] < HEARD:
         reason = f"the model is deaf to words: {said}, so its agreement was bought by deafness and is worth nothing"
+        if within.mean() < 0.5:  # it listens, to everything but the target
+            reason = f"the model does not follow the target: {said}, so wording moves its masks more than the target"
         return Check("deaf", "all targets", "", FAIL, reason, *numbers, HEARD)
     return Check("deaf", "all targets", "", PASS if numbers[1] > HEARD else UNDECIDED, said, *numbers, HEARD)
 
