@@ -21,6 +21,7 @@ _HOME = {
     "save_baseline": "baseline",
     "load_baseline": "baseline",
     "Report": "report",
+    "show_example": "page",
 }
 
 __all__ = sorted(_HOME)

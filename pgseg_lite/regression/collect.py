@@ -247,7 +247,7 @@ def suggest(items, vectors, reference, encoder):
         if not item["target"] and normalise(item["text"]) not in train:
             if foil > cosine:
                 why.append("nearer to a foil than to a phrasing")
-            if re.search(rf"(?i)\bnon-|\b(?:{CLAUSES['exclusion']})\b", item["text"]):
+            if re.search(rf"(?i)\bnon-|\b(?:but|{CLAUSES['exclusion']})\b", item["text"]):
                 why.append("may leave out what it names")
         item["target_confidence"] = 1.0 if item["target"] else round(sure, 2)
         item["target"] = item["target"] or suggested

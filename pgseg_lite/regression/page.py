@@ -112,9 +112,11 @@ def words(report):
 
 def pictures(result):
     """For the targets that agree least, the image on which they do."""
+    from ..plots import png
+
     for target, example in sorted(result.examples.items(), key=lambda item: item[1].agreement)[:WORST]:
-        picture, alt = draw(target, example)
-        data = base64.b64encode(picture).decode()
+        figure, alt = show_example(target, example)
+        data = base64.b64encode(png(figure, dpi=110, colours=64)).decode()
         caption = (
             f"{target}, image {example.image}: agreement {example.agreement:.2f} over {len(example.packed)} phrasings."
         )
@@ -124,9 +126,9 @@ def pictures(result):
         )
 
 
-def draw(target, example):
-    """Disagreement, the mask nearest to the majority, and the two furthest from it: PNG bytes, alt text."""
-    from ..plots import disagreement, outline, panels, png
+def show_example(target, example):
+    """Figure and alt text: disagreement, the mask nearest to the majority, and the two furthest from it."""
+    from ..plots import disagreement, outline, panels
 
     height, width = example.pixels.shape[:2]
     bits = np.unpackbits(example.packed.view(np.uint8), axis=-1)[:, : height * width]
@@ -138,13 +140,12 @@ def draw(target, example):
     axes[0].set_title("disagreement", fontsize=8)
     for axis, i in zip(axes[1:], dict.fromkeys([order[-1], order[0], order[min(1, len(order) - 1)]]), strict=False):
         outline(axis, example.pixels, masks[i], example.truth, example.phrasings[i])
-    nearest, furthest = example.phrasings[order[-1]], example.phrasings[order[0]]
     alt = (
-        f"Panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, then the "
-        f"outlined mask of {nearest!r}, nearest to the majority, and of {furthest!r}, furthest from it with Dice "
-        f"{near[order[0]]:.2f}."
+        f"Four panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, then the "
+        f"outlined mask of {example.phrasings[order[-1]]!r}, nearest to the majority, and of {example.phrasings[order[0]]!r}, "
+        f"furthest from it with Dice {near[order[0]]:.2f}."
     )
-    return png(figure, dpi=110, colours=64), alt
+    return figure, alt
 
 
 def failures(result):
