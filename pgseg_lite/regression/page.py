@@ -141,9 +141,9 @@ def show_example(target, example):
     for axis, i in zip(axes[1:], dict.fromkeys([order[-1], order[0], order[min(1, len(order) - 1)]]), strict=False):
         outline(axis, example.pixels, masks[i], example.truth, example.phrasings[i])
     alt = (
-        f"Four panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, then the "
-        f"outlined mask of {example.phrasings[order[-1]]!r}, nearest to the majority, and of {example.phrasings[order[0]]!r}, "
-        f"furthest from it with Dice {near[order[0]]:.2f}."
+        f"Four panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, "
+        f"then the outlined mask of {example.phrasings[order[-1]]!r}, nearest to the majority, and of "
+        f"{example.phrasings[order[0]]!r}, furthest from it with Dice {near[order[0]]:.2f}."
     )
     return figure, alt
 
