@@ -19,7 +19,7 @@ from .options import (
 )
 from .prompts import LEVELS, PromptBank
 from .regression.command import ABOUT, add_robustness_options, run_robustness
-from .regression.commands import add_prompt_commands
+from .regression.commands import ABOUT_COMPARE, add_compare_options, add_prompt_commands, run_compare
 from .settings import PER_LEVEL, PROFILES, TRAINABLE
 
 
@@ -64,6 +64,11 @@ def build_parser():
     add_data_options(robust, split="test")
     add_bank_and_device(robust)
     add_robustness_options(robust)
+
+    mended = command(commands, lambda args: run_compare(args, read_data, read_segmenter), "compare", ABOUT_COMPARE)
+    add_data_options(mended, split="train")
+    add_model_options(mended)
+    add_compare_options(mended)
 
     experiment = command(commands, run_experiment, "experiment", "run a named grid of trainings and store its tables")
     experiment.add_argument("name", help=f"one of {', '.join(named())}")

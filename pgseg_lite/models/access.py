@@ -1,8 +1,8 @@
 """Weights that others publish: find them, or say in one sentence what is in the way and what to do."""
 
 import json
-from contextlib import contextmanager
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

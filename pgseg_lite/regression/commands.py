@@ -1,9 +1,13 @@
-"""The commands of `pgseg prompts` about perturbed and collected phrasings."""
+"""`pgseg compare`, and the commands of `pgseg prompts` about perturbed and collected phrasings. Light to import."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import SettingsError
+from ..experiments import HELD_OUT, LEARNERS, SEEDS
 from ..prompts import PromptBank
+from ..settings import PER_LEVEL, PROFILES, training_profiles
 
 
 def add_prompt_commands(prompts, command):
@@ -62,3 +66,37 @@ def run_review(args):
     from .review import Review, walk
 
     walk(Review(args.draft))
+
+
+ABOUT_COMPARE = "fine-tune without and with the group terms on your own images and bank, and say whether they help"
+
+
+def add_compare_options(parser):
+    """All but the options of data, bank, device and segmenter, which other commands have too."""
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs; a killed command goes on there")
+    parser.add_argument("--start", help="checkpoint to fine-tune; by default `fixed` for lite, the hub's for others")
+    parser.add_argument("--profile", choices=PROFILES, default="lite", help="steps, seeds and phrasings to begin with")
+    counts = ", ".join(f"{name} {len(seeds)}" for name, seeds in SEEDS.items())
+    parser.add_argument("--seeds", type=int, help=f"pairs of runs; by default {counts}")
+    parser.add_argument("--held-out", type=float, default=HELD_OUT, help="share of the source images to test on")
+    parser.add_argument(
+        "--per-level", type=int, help=f"phrasings a target and level; by default {PER_LEVEL}; 0 for all"
+    )
+    settings = {"steps": "training steps of each run", "k": "phrasings in a group", "view": "side of a training view"}
+    for name, text in settings.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{text}; by default the profile's")
+
+
+def run_compare(args, read_data, read_segmenter):
+    """`read_data(args)` opens the dataset, `read_segmenter(args, checkpoint)` the model, of the shared options."""
+    profiles = LEARNERS["lite"].settings if args.segmenter == "lite" else training_profiles(args.segmenter)
+    given = {name: value for name in ("steps", "k", "view") if (value := getattr(args, name)) is not None}
+    settings, bank, data = replace(profiles[args.profile], **given), PromptBank.load(args.bank), read_data(args)
+    from .compare import compare  # torch, from here on
+
+    start = partial(read_segmenter, args, args.start or ("fixed" if args.segmenter == "lite" else None))
+    seeds = len(SEEDS[args.profile]) if args.seeds is None else args.seeds
+    per_level = PER_LEVEL[args.profile] if args.per_level is None else args.per_level
+    options = dict(start=start, seeds=seeds, held_out=args.held_out, per_level=per_level or None)
+    found = compare(data, bank, args.output, settings, **options)
+    print(f"{found.text()}\n{args.output / 'compare.json'}, {args.output / 'compare.csv'}")
