@@ -35,7 +35,11 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     text_features = model.encode_text(texts) if hasattr(model, "encode_text") else None
     rows = []
     for sample in tqdm(data, desc="evaluating", unit="image", disable=quiet):
-        packed, presence = predict_packed(model, sample, data.targets, texts, text_features)  # [P, N], [P]
+        if shown:
+            answered = pack_answers(model, sample, [model.predict_from_masks(sample, data.targets)])
+        else:
+            answered = predict_packed(model, sample, texts, text_features)
+        packed, presence = answered  # [P, N], [P]
         start = 0
         for target, chosen in phrasings.items():
             stop = start + len(chosen)
@@ -66,16 +70,18 @@ def choose(bank, target, levels, split, per_level):
 
 
 @torch.inference_mode()
-def predict_packed(model, sample, targets, texts, text_features):
+def predict_packed(model, sample, texts, text_features):
     """The masks of one image for all phrasings, as packed bits [P, N], and presence probabilities [P]."""
-    if hasattr(model, "predict_from_masks"):
-        outputs = [model.predict_from_masks(sample, targets)]
-    elif text_features is None:  # a model from outside that has only `predict`
+    if text_features is None:  # a model from outside that has only `predict`
         outputs = [model.predict(sample.image, texts)]
     else:
         image_features = model.encode_image(sample.image)  # once, however many phrasings follow
         chunks = (text_features[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
         outputs = (model.decode(image_features, chunk) for chunk in chunks)
+    return pack_answers(model, sample, outputs)
+
+
+def pack_answers(model, sample, outputs):
     packed, presence = [], []
     for output in outputs:
         check_output(output, sample, model)

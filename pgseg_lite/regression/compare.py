@@ -30,6 +30,7 @@ from .gates import FEWEST
 from .measurement import chosen, measure
 
 METHODS = {"baseline": SEG, "group": FULL}  # the name of a run's folder -> its method
+SETTINGS = LEARNERS["lite"].settings["lite"]
 SEEDS = 3  # with fewer no verdict: the sign of one or two differences is too easily a chance
 SHOWN = {
     "dice": "Dice",
@@ -114,7 +115,7 @@ class Comparison:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def compare(data, bank, folder, settings=LEARNERS["lite"].settings["lite"], *, start=None, seeds=SEEDS, held_out=HELD_OUT,
+def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, held_out=HELD_OUT,
             per_level=10, quiet=False, report=print):  # fmt: skip
     """Train and test every run that `folder` lacks; writes compare.json and compare.csv there.
 

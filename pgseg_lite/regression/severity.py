@@ -33,11 +33,12 @@ def severity_records(
     """
     offered = claimed(getattr(model, "languages", ("en",)))
     kinds = check_kinds(offered if kinds is None else kinds, severities)
-    targets = data.targets or bank.targets
+    targets = [target for target in bank.targets if target in (data.targets or bank.targets)]
     asked = {target: [level for level in levels if bank.select(target, level, split)] for target in targets}
     phrasings = [p for target in targets for p in choose(bank, target, asked[target], split, per_level)]
     if not phrasings:
-        raise SettingsError(f"bank {bank.name!r} has no {split} phrasing of {', '.join(targets)}; choose another split")
+        wanted = f"{split or 'train or heldout'} phrasing of {', '.join(targets) or 'a target of the dataset'}"
+        raise SettingsError(f"bank {bank.name!r} has no {wanted}; choose another split, or another bank")
     table = perturb(bank, kinds, (0, *(s for s in severities if s)), seed, phrasings)
     table["claimed"] = table["kind"].isin(offered)
     texts = list(dict.fromkeys([*table["source"], *table["text"]]))
