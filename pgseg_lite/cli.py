@@ -21,6 +21,7 @@ from .prompts import LEVELS, PromptBank
 from .regression.command import ABOUT, add_robustness_options, run_robustness
 from .regression.commands import ABOUT_COMPARE, add_compare_options, add_prompt_commands, run_compare
 from .settings import PER_LEVEL, PROFILES, TRAINABLE
+from .studies import STUDIES, refuse_options, run_study
 
 
 def main(arguments=None):
@@ -71,7 +72,7 @@ def build_parser():
     add_compare_options(mended)
 
     experiment = command(commands, run_experiment, "experiment", "run a named grid of trainings and store its tables")
-    experiment.add_argument("name", help=f"one of {', '.join(named())}")
+    experiment.add_argument("name", help=f"one of {', '.join([*named(), *STUDIES])}")
     experiment.add_argument("--profile", choices=PROFILES, default="lite", help="how long, how large, how many seeds")
     experiment.add_argument(
         "--segmenter", choices=LEARNERS, help="what is trained; by default lite, at full sam3 (a GPU, 3.4 GB a run)"
@@ -181,6 +182,8 @@ def run_evaluate(args):
 
 
 def run_experiment(args):
+    if args.name in STUDIES:
+        return run_neighbour(args)
     from .results import save_result, stamp
     from .runner import run_experiment
     from .tables import scores
@@ -198,6 +201,15 @@ def run_experiment(args):
         .round(2)
         .to_string()
     )
+
+
+def run_neighbour(args):
+    from .results import save_result, stamp
+
+    refuse_options(args.name, {name: getattr(args, name) for name in ("segmenter", "start", "trainable", "scheduler")})
+    table = run_study(args.name, args.profile, args.folder)
+    record = stamp(profile=args.profile, experiment=args.name, **table.attrs["facts"])
+    print(save_result(result_name(args.name, args.profile, None), table, record, args.output))
 
 
 def run_prompts_list(args):

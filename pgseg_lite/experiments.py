@@ -231,7 +231,9 @@ def named():
 
 def find(name):
     if name not in named():
-        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join(named())}")
+        from .studies import STUDIES
+
+        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join([*named(), *STUDIES])}")
     return named()[name]
 
 

@@ -60,7 +60,6 @@ def test_an_option_s_value_is_read_as_what_it_looks_like():
     assert isinstance(read["tile"], int) and isinstance(read["truncate"], bool)
 
 
-@pytest.mark.xfail(strict=True, reason="the baselines of Table 1 are named before all of them are there")
 def test_the_command_line_names_every_segmenter():
     from pgseg_lite.models import SEGMENTERS
     from pgseg_lite.settings import SEGMENTER_NAMES, TRAINING

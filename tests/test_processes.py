@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sam3 import TARGETS, build_tokenizer, tiny_config
-from transformers import Sam3Model
+from tiny_models import save_tiny_sam3
+from tiny_text import short_bank
 
 import pgseg_lite as pg
 from pgseg_lite.cli import build_parser, main
@@ -26,14 +26,7 @@ LAUNCHER = [
 def run(tmp_path_factory):
     """The arguments of a run without its output: all of a tiny Sam3Model trained on two short phrasings a level."""
     folder = tmp_path_factory.mktemp("tiny")
-    ids = build_tokenizer(folder)
-    torch.manual_seed(0)
-    Sam3Model(tiny_config(ids)).save_pretrained(folder)
-    levels = [f"{level}: [{verb} {{0}} nuclei, {verb} {{0}} cells]" for level, verb in
-              (("low", "find"), ("medium", "mark"), ("high", "segment"))]  # fmt: skip
-    entry = "  {0}: {{fixed: {0} nuclei, phrasings: {{" + ", ".join(levels) + "}}}}"
-    bank = folder / "bank.yaml"
-    bank.write_text("targets:\n" + "\n".join(entry.format(target) for target in TARGETS) + "\n")
+    bank = short_bank(save_tiny_sam3(folder) / "bank.yaml")
     settings = "--profile smoke --steps 3 --save-every 2 --k 2 --view 64 --precision fp32 --trainable full --device cpu"
     return [
         "train",

@@ -49,7 +49,7 @@ def load_segmenter(name="lite", checkpoint=None, device=None, **options):
         there = f"it has {', '.join(known)}" if known else "it has none"
         raise ModelError(f"{name} has no option {unknown[0]!r}; {there}, so leave it out")
     for option, value in options.items():
-        if isinstance(defaults[option], bool) != isinstance(value, bool):
+        if option in defaults and isinstance(defaults[option], bool) != isinstance(value, bool):
             wanted = "true or false" if isinstance(defaults[option], bool) else "a number or a word"
             raise ModelError(f"{name}: {option} is {value!r}; give {wanted}")
     if name == "lite":
