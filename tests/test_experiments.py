@@ -343,9 +343,12 @@ def test_a_run_that_the_gpu_cannot_hold_says_what_to_change(two_sets, sam3, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(pg.GroupLoss, "__call__", full)
-    with pytest.raises(ModelError, match="GPU's memory is too small for this run; take a larger GPU"):
+    with pytest.raises(ModelError, match="GPU's memory is too small for this run; try serial=True"):
         runner.execute(run, "full", test, tmp_path)
-    wide = replace(run, settings=replace(run.settings, trainable="full", checkpointing=False))
+    small = replace(run, settings=replace(run.settings, serial=True))
+    with pytest.raises(ModelError, match="GPU's memory is too small for this run; take a larger GPU"):
+        runner.execute(small, "serial", test, tmp_path)
+    wide = replace(small, settings=replace(small.settings, trainable="full", checkpointing=False))
     with pytest.raises(ModelError, match="too small for this run; try checkpointing=True, trainable='decoder'"):
         runner.execute(wide, "wide", test, tmp_path)
     monkeypatch.undo()
