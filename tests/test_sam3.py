@@ -531,7 +531,7 @@ def test_lora_without_peft_and_a_small_gpu_stop_before_anything_is_written(load,
         pg.train(data, pg.PromptBank.load("nuclei"), tmp_path / "run", SETTINGS, model=load(), quiet=True)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModelError, match=r"needs peft, which is not installed; run `pip install 'pgseg-lite\[sam3\]'`"):
+    with pytest.raises(ModelError, match=r"needs peft, which is not installed; run `pip install peft`"):
         pg.train(data, bank, tmp_path / "run", SETTINGS, model=load(), quiet=True, trainable="lora")
     assert not (tmp_path / "run").exists()
 

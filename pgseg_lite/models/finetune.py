@@ -107,7 +107,7 @@ def check(model, settings, phrasings):
             import peft  # noqa: F401
         except ImportError as error:
             said = "trainable 'lora' needs peft, which is not installed"
-            raise ModelError(f"{said}; run `pip install 'pgseg-lite[sam3]'`, or train the decoder") from error
+            raise ModelError(f"{said}; run `pip install peft`, or train the decoder") from error
     there = gpu_memory(model.device)
     settings = choose_serial(model.sam, settings, phrasings, there)
     if there is not None:

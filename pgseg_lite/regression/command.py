@@ -34,7 +34,7 @@ in CI (store the baseline once and commit it, then gate every change)
         - uses: actions/checkout@v4
         - uses: actions/setup-python@v5
           with: {python-version: "3.12"}
-        - run: pip install pgseg-lite -r requirements.txt
+        - run: pip install -r requirements.txt    # pgseg_lite and what your model needs
         - run: >
             pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml
             --against baseline.json --max-drop 0.02 --junit robustness.xml --html robustness.html
