@@ -161,11 +161,10 @@ CAUSES = {
     FULL: {},
     SEG: FOUR[SEG],
     "no text dropout": dict(text_dropout=0.0),
-    "presence weight 1": dict(presence_weight=1.0),
-    "beta=1": dict(beta=1.0),
     "twice the steps": dict(steps=2),
     "twice the steps, L_seg only": dict(steps=2, **FOUR[SEG]),
 }
+PRESENCE = {FULL: {}, "presence weight 1": dict(presence_weight=1.0)}
 SHIFTS = "stain_pale", "scanner_colour", "blur", "frozen_section"
 PANNUKE = Data("pannuke", "fold3")
 UNTOUCHED = {  # label -> Data; only all nuclei, as in the paper
@@ -216,6 +215,10 @@ EXPERIMENTS = {
     "causes": Experiment(
         "one run for each guess at why the full method gains what it gains",
         CAUSES, {"validation": VALIDATION}, FULL,
+    ),
+    "causes_presence": Experiment(
+        "one more guess: the presence loss at the weight of the masks' own, ten times its share here",
+        PRESENCE, {"validation": VALIDATION}, FULL,
     ),
 }  # fmt: skip
 
