@@ -1,4 +1,4 @@
-"""The models that tests/test_regression*.py ask: the bundled checkpoint behind each adapter, and models that misbehave."""
+"""The models that tests/test_regression*.py ask: segmenters behind each adapter, and models that misbehave."""
 
 import base64
 import io
@@ -45,15 +45,20 @@ foils:
 
 
 @cache
-def bundled(checkpoint):
+def loaded(segmenter, checkpoint):
     import pgseg_lite as pg
 
-    return pg.load_segmenter("lite", checkpoint, "cpu")
+    return pg.load_segmenter(segmenter, checkpoint, "cpu")
+
+
+def bundled(checkpoint):
+    return loaded("lite", checkpoint)
 
 
 def segment(image, phrasing):
-    """A `module:function` and a Python function in one."""
-    return bundled(os.environ.get("TEST_CHECKPOINT", "group")).predict(image, phrasing).masks[0, 0].numpy()
+    """A `module:function` and a Python function in one; which model it is, the environment says."""
+    model = loaded(os.environ.get("TEST_SEGMENTER", "lite"), os.environ.get("TEST_CHECKPOINT", "group"))
+    return model.predict(image, phrasing).masks[0, 0].numpy()
 
 
 def odd(image, phrasing):

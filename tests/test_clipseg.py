@@ -1,6 +1,5 @@
 """`clipseg` on a tiny random model, saved to disk and loaded back through the calls that load the published one."""
 
-import json
 import shutil
 import sys
 import warnings
@@ -11,39 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_text import save_clip_tokenizer, short_bank
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizerFast
+from tiny_models import CLIPSEG_SIDE as SIDE
+from tiny_models import save_tiny_clipseg
+from tiny_text import short_bank
+from transformers import CLIPSegForImageSegmentation, CLIPTokenizerFast
 
 import pgseg_lite as pg
 from pgseg_lite.errors import ModelError, SettingsError
 from pgseg_lite.models import tiles
 
-SIDE = 64  # of the images that the tiny model takes; its position embeddings are those of 32, as the published ones
 PROMPTS = ["nuclei", "find every inflammatory nuclei", "dead cells", "see nuclei"]
 LONG = "nuclei " * 74 + "see every cells"  # 77 words; start and end make 79 tokens
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clipseg") / "tiny"
-    ids = save_clip_tokenizer(folder)
-    deep = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    ends = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
-    config = CLIPSegConfig(
-        text_config={**deep, "vocab_size": len(ids), "max_position_embeddings": 77, **ends},
-        vision_config={**deep, "image_size": 32, "patch_size": 16},
-        projection_dim=16, extract_layers=[0, 1, 2], reduce_dim=16, decoder_num_attention_heads=2,
-        decoder_intermediate_size=32, use_complex_transposed_convolution=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = CLIPSegForImageSegmentation(config)
-    with torch.no_grad():  # initial logits are in the hundreds, which makes rounding errors of this size too
-        for parameter in model.decoder.transposed_convolution.parameters():
-            parameter.mul_(0.4)
-    model.save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return save_tiny_clipseg(tmp_path_factory.mktemp("clipseg") / "tiny")
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """Tiny models with random weights, saved to disk so that tests load them through the calls that load published ones."""
 
+import json
+
 import torch
 from tiny_text import save_clip_tokenizer
-from transformers import Sam3Config, Sam3Model
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, Sam3Config, Sam3Model
+
+CLIPSEG_SIDE = 64  # of the images that the tiny CLIPSeg takes
 
 
 def tiny_config(ids):
@@ -35,4 +39,27 @@ def save_tiny_sam3(folder):
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_clipseg(folder):
+    """A CLIPSeg for images of CLIPSEG_SIDE; its position embeddings are those of 32, smaller as the published ones."""
+    ids = save_clip_tokenizer(folder)
+    deep = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ends = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|endoftext|>"]}
+    config = CLIPSegConfig(
+        text_config={**deep, "vocab_size": len(ids), "max_position_embeddings": 77, **ends},
+        vision_config={**deep, "image_size": 32, "patch_size": 16},
+        projection_dim=16, extract_layers=[0, 1, 2], reduce_dim=16, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32, use_complex_transposed_convolution=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIPSegForImageSegmentation(config)
+    with torch.no_grad():  # initial logits are in the hundreds, which makes rounding errors of this size too
+        for parameter in model.decoder.transposed_convolution.parameters():
+            parameter.mul_(0.4)
+    model.save_pretrained(folder)
+    size = {"height": CLIPSEG_SIDE, "width": CLIPSEG_SIDE}
+    processor = {"image_processor_type": "ViTImageProcessor", "size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
