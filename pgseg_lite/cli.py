@@ -18,8 +18,15 @@ from .options import (
     say,
 )
 from .prompts import LEVELS, PromptBank
-from .regression.command import ABOUT, add_robustness_options, run_robustness
-from .regression.commands import ABOUT_COMPARE, add_compare_options, add_prompt_commands, run_compare
+from .regression.commands import (
+    ABOUT_COMPARE,
+    ABOUT_ROBUSTNESS,
+    add_compare_options,
+    add_prompt_commands,
+    add_robustness_options,
+    run_compare,
+    run_robustness,
+)
 from .settings import PER_LEVEL, PROFILES, TRAINABLE
 from .studies import STUDIES, refuse_options, run_study
 
@@ -61,7 +68,7 @@ def build_parser():
     scores.add_argument("--per-level", type=int, help="phrasings a target and level; 0 for all")
     scores.add_argument("--records", type=Path, help="write the table of records to this CSV file")
 
-    robust = command(commands, lambda args: run_robustness(args, read_data), "robustness", ABOUT)
+    robust = command(commands, lambda args: run_robustness(args, read_data), "robustness", ABOUT_ROBUSTNESS)
     add_data_options(robust, split="test")
     add_bank_and_device(robust)
     add_robustness_options(robust)

@@ -209,6 +209,13 @@ def test_advice_wants_enough_images_and_seeds_and_a_model_that_listens():
     assert found.advice.startswith("neither: even without the terms the model is deaf to words in 1 of 3 runs")
 
 
+def test_advice_names_what_agreement_was_bought_with():
+    found = images(sd=-0.05)
+    found.heard["estimate"] = [0.3, 0.1]
+    assert found.advice.startswith("a trade that you must weigh: the terms make the spread of all and")
+    assert found.advice.endswith("better, and the model listens less: the swap test falls from 0.30 to 0.10")
+
+
 def test_from_the_shell(place, tmp_path, capsys):
     words = f"compare --dataset folder --root {place / 'data'} --split all --tile 0 --bank {place / 'bank.yaml'}"
     small = f"--profile smoke --steps 1 --view 32 --per-level 1 --output {tmp_path / 'runs'}".split()

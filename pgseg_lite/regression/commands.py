@@ -1,13 +1,121 @@
-"""`pgseg compare`, and the commands of `pgseg prompts` about perturbed and collected phrasings. Light to import."""
+"""What `pgseg robustness`, `pgseg compare` and parts of `pgseg prompts` take on the command line. Light to import."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..errors import SettingsError
 from ..experiments import HELD_OUT, LEARNERS, SEEDS
-from ..prompts import PromptBank
+from ..prompts import LEVELS, PromptBank
 from ..settings import PER_LEVEL, PROFILES, training_profiles
+
+ABOUT_ROBUSTNESS = "measure how far a model's masks move with wording, and gate on it"
+EPILOG = """\
+models
+  lite, sam3, ...              a segmenter of this package, with --checkpoint
+  package.module:function      (uint8 array [H, W, 3], text) -> bool or probability [H, W]; runs in a process of its own
+  "segment {image} {phrasing} {output}"   a command: reads a PNG, writes a mask as PNG (0 outside, one value inside)
+  https://host/path            POST {"image": base64 PNG, "phrasing": text} -> image/png, or JSON {"mask": base64 PNG};
+                               $PGSEG_TOKEN is sent as Bearer token
+
+exit status
+  0  passed, or undecided (the interval holds the limit: add images)
+  1  a gate failed or an alarm rang; the reasons are printed
+  2  bad input
+
+in CI (store the baseline once and commit it, then gate every change)
+  pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml --save baseline.json
+  pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml \\
+      --against baseline.json --max-drop 0.02 --max-spread 0.05 --junit robustness.xml --html robustness.html
+
+  # .github/workflows/robustness.yml
+  on: [pull_request]
+  jobs:
+    robustness:
+      runs-on: ubuntu-latest
+      steps:
+        - uses: actions/checkout@v4
+        - uses: actions/setup-python@v5
+          with: {python-version: "3.12"}
+        - run: pip install -r requirements.txt    # pgseg_lite and what your model needs
+        - run: >
+            pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml
+            --against baseline.json --max-drop 0.02 --junit robustness.xml --html robustness.html
+        - uses: actions/upload-artifact@v4
+          if: always()
+          with: {name: robustness, path: robustness.*}
+
+example
+  pgseg robustness --model lite --dataset synthetic --size 12 --per-level 3 --html robustness.html
+"""
+
+
+def add_robustness_options(parser):
+    """All but the options of data, bank and device, which other commands have too."""
+    parser.epilog, parser.formatter_class = EPILOG, type("Raw", (parser.formatter_class,), {"_fill_text": keep_lines})
+    parser.add_argument("--model", default="lite", help="which model, see below")
+    parser.add_argument("--checkpoint", help="of a segmenter of this package: a bundled one, a folder, or a hub name")
+    parser.add_argument("--model-version", default="", help="name this state of a model that cannot be looked into")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (not of lite, sam3, ...)")
+    parser.add_argument("--retries", type=int, default=3, help="of a request to an endpoint")
+    parser.add_argument("--workers", type=int, default=4, help="commands or requests at a time")
+    parser.add_argument("--images", type=Path, help="a folder of images without masks, not --dataset; see --tile")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="quality levels to ask in")
+    parser.add_argument("--phrasings", choices=("all", "heldout", "train"), default="all", help="which of the bank's")
+    parser.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
+    parser.add_argument("--folder", type=Path, help="keep answers here: after a kill, the same command goes on")
+    gates = parser.add_argument_group("gates")
+    gates.add_argument("--save", type=Path, help="store a baseline in this JSON file")
+    gates.add_argument("--against", type=Path, help="compare with this baseline")
+    gates.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.02,
+        help="what Dice, agreement, distance of foils may lose, false area gain",
+    )
+    gates.add_argument("--max-spread", type=float, help="largest spread (sd of Dice over phrasings) of any group")
+    gates.add_argument("--max-failures", type=int, default=0, help="items that may fail (default: 0)")
+    reports = parser.add_argument_group("reports")
+    for kind, text in (("json", "every figure"), ("junit", "JUnit XML for CI"), ("html", "a page with pictures")):
+        reports.add_argument(f"--{kind}", type=Path, help=f"{text}, in this file")
+
+
+def keep_lines(self, text, width, indent):
+    return "\n".join(indent + line for line in text.splitlines())
+
+
+def run_robustness(args, read_data):
+    """`read_data(args)` opens the dataset that the shared options describe."""
+    outputs = {kind: path for kind in ("save", "json", "junit", "html") if (path := getattr(args, kind))}
+    for kind, path in outputs.items():
+        if not path.parent.is_dir():
+            raise SettingsError(f"{path.parent}: no such folder for --{kind}; create it first")
+    if args.images and args.root:
+        raise SettingsError("--images and --root are two places for images; give --images, or --dataset with --root")
+    bank = PromptBank.load(args.bank)
+    from . import adapters, answers, baseline, gates, measurement, report  # torch, from here on
+
+    before = baseline.load_baseline(args.against) if args.against else None
+    gates.check_limits(args.max_drop, args.max_spread, args.max_failures)
+    data = measurement.open_pictures(args.images, args.tile or None) if args.images else read_data(args)
+    if before:
+        gates.check_alike(before, bool(data.targets), (answers.image_key(sample.image) for sample in data))
+    options = {name: getattr(args, name) for name in ("timeout", "retries", "workers")}
+    model = adapters.adapt(args.model, args.checkpoint, args.device, version=args.model_version, **options)
+    split = None if args.phrasings == "all" else args.phrasings
+    result = measurement.measure(model, data, bank, args.levels, args.per_level or None, split, args.folder)
+    if result.kept:
+        print(f"{result.kept} of {result.asked} answers are from earlier calls, kept in {args.folder}", file=sys.stderr)
+    checks = gates.check_gates(result, before, args.max_drop, args.max_spread, args.max_failures)
+    found = report.Report(result, checks)
+    if args.save:
+        baseline.save_baseline(result, checks, args.save)
+    for kind in ("json", "junit", "html"):
+        if path := outputs.get(kind):
+            baseline.write(path, getattr(found, kind)())
+    print(found.text())
+    return 0 if found.passed else 1
 
 
 def add_prompt_commands(prompts, command):
