@@ -277,6 +277,25 @@ def test_exactly_the_expected_parameters_are_trained_and_all_get_gradients(load,
     assert all(p.grad is None for name, p in model.sam.named_parameters() if name not in trained)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_gradients_of_fp32(load, bank, dtype):
+    """The arithmetic of a GPU in bf16, and of a T4 in fp16 with a scaled loss, done by the CPU."""
+    gradients = []
+    for enabled in (False, True):
+        model = load()
+        settings = pg.Sam3Settings(trainable="full", group="none")
+        model.prepare_training(settings, ["nuclei"], phrasings=4)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled and dtype == torch.float16, init_scale=2.0**10)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            total = loss_of(model.eval(), bank, settings).total
+        scaler.scale(total).backward()
+        scale = scaler.get_scale() if scaler.is_enabled() else 1
+        found = [p.grad.float().flatten() / scale for p in model.sam.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    assert gradients[1].isfinite().all()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 @pytest.mark.parametrize("consistency", ["first", "pairwise"])
 def test_serial_training_has_the_gradients_of_all_phrasings_at_once(load, bank, consistency):
     gradients = []

@@ -271,3 +271,28 @@ def test_two_runs_are_not_mixed_in_one_folder(data, bank, tmp_path):
         pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True, steps=2, seed=7, resume=True)
     with pytest.raises(SettingsError, match=r"cannot resume, start was [0-9a-f]{12} and is now new weights"):
         pg.train(data, bank, tmp_path / "run", TINY, quiet=True, steps=2, resume=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_loss_and_the_gradients_of_fp32(dtype):
+    """The arithmetic of a GPU in bf16, and in fp16 with a scaled loss, done by the CPU."""
+    model = pg.load_segmenter("lite", "fixed", "cpu").eval()
+    tile = pg.load_dataset("synthetic", split="train", size=1)[0]
+    features = model.encode_text(["nuclei", "every nucleus", "cells"])[None]  # [1, 3, D]
+    pixels = (torch.from_numpy(tile.image[:64, :64]).permute(2, 0, 1)[None].float() / 127.5) - 1
+    truth = torch.from_numpy(tile.masks["all"][:64, :64])[None]
+
+    def run(enabled):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled and dtype == torch.float16)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            output = model(pixels, features)
+            terms = pg.GroupLoss()(output.mask_logits, output.presence_logits, truth)
+        scaler.scale(terms.total).backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return terms.total.item(), torch.cat(gradients) / (scaler.get_scale() if scaler.is_enabled() else 1)
+
+    (loss, gradient), (half_loss, half_gradient) = run(False), run(True)
+    assert half_gradient.isfinite().all()
+    assert half_loss == pytest.approx(loss, rel=0.02)
+    assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.98
