@@ -6,6 +6,7 @@ network   a small 3D network that is asked with a mask, a box or a point
 adapters  nnInteractive and SAM-Med3D, asked in the same way
 surfaces  Dice and surface distance per organ
 study     what `pgseg experiment imprecise` measures
+curves    its table read: curves over severity with intervals, and one way of training minus another
 
 Nothing of the engine imports this.
 """

@@ -36,7 +36,7 @@ def perturb_mask(mask, kind, severity, seed=0, others=None):
         )
     chosen = check(kind, severity)
     if chosen.bend is leak and others is None:
-        raise SettingsError("leak needs to know where the other organs are; give others=, a bool mask of the same shape")
+        raise SettingsError("leak must know where the other organs are; give others=, a bool mask of the same shape")
     if others is not None and (others.dtype != bool or others.shape != mask.shape):
         raise SettingsError(
             f"others is {others.dtype} {list(others.shape)} beside a mask {list(mask.shape)}; give bool of its shape"
@@ -277,9 +277,7 @@ KINDS = {
     "mix": Kind("dilate, erode, hole or shift, at a radius of up to the severity", mix, _mix_boxes),
     "jagged": Kind("the boundary goes out and in by up to the radius", jagged, _jag_faces),
     "missing slices": Kind("a tenth of the inner slices for each degree is left out", missing_slices),
-    "wrong slice": Kind(
-        "that many slices too high or too low", wrong_slice, _wrong_slice_places, _wrong_slice_places
-    ),
+    "wrong slice": Kind("that many slices too high or too low", wrong_slice, _wrong_slice_places, _wrong_slice_places),
     "thick slices": Kind("a slice is drawn, that many more copy it", thick_slices, _thick_places, _thick_places),
     "leak": Kind("runs into the neighbouring organs by the radius", leak),
 }
