@@ -209,7 +209,7 @@ MASK = np.ones((4, 4, 4), bool)
         (lambda: as_channels({"mask": MASK[0]}, (4, 4, 4)), r"the mask is \[4, 4\], not \[4, 4, 4\]"),
         (lambda: make_phantom(0, "validation"), "no split 'validation'"),
         (lambda: make_phantom(0, shape=(8, 8, 8)), "no room for six organs"),
-        (lambda: train([], steps=4), "0 phantoms train nothing|4 steps on 0"),
+        (lambda: train([], steps=4), "4 steps on 0 volumes train nothing"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, said):

@@ -5,7 +5,6 @@ import pandas as pd
 
 from ..errors import SettingsError
 from ..metrics import bootstrap_weights, interval
-from .phantoms import ORGANS
 from .study import MEASURES
 
 
@@ -13,7 +12,7 @@ def tidy(table):
     """The stored table with a row per organ: columns organ, dice, distance and copied."""
     keys = [column for column in table if column.split()[0] not in MEASURES]
     parts = []
-    for organ in ORGANS:
+    for organ in [column.removeprefix("dice ") for column in table if column.startswith("dice ")]:
         named = {f"{name} {organ}": name for name in MEASURES}
         parts.append(table[[*keys, *named]].rename(columns=named).assign(organ=organ))
     return pd.concat(parts, ignore_index=True)
@@ -29,9 +28,7 @@ def curves(rows, measure="dice", by=("cell", "prompt", "kind", "severity"), resa
     return pd.DataFrame(found)
 
 
-def differences(
-    rows, ours=BENT, theirs=EXACT, measure="dice", by=("prompt", "kind", "severity"), resamples=2000, seed=0
-):
+def differences(rows, ours, theirs, measure="dice", by=("prompt", "kind", "severity"), resamples=2000, seed=0):
     """One way of training minus the other, paired: same volumes, same seeds, same bent prompts.
 
     The verdict is "higher" or "lower" only where the interval leaves out zero and every seed by itself agrees.

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ..errors import SettingsError, TrainingError
 from .perturb import bounds, perturb_boxes, perturb_mask, perturb_points
-from .phantoms import ORGANS
 
 CHANNELS = ("mask", "box", "point")
 POINT_RADIUS = 1  # a single voxel would drown
@@ -101,20 +100,20 @@ def bend_prompt(kind_of_prompt, value, how, severity, seed, shape, others=None):
     return bend(np.asarray(value)[None], how, severity, shape, seed)[0]
 
 
-def train(phantoms, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, width=12, quiet=False):
+def train(volumes, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, width=12, quiet=False):
     """A network that has seen exact prompts, or, with `bent`, prompts bent as the published study mixes them.
 
     Bent masks are dilated, eroded, hollowed or shifted (radius 0 to 4), boxes and points shifted by 0 to 4: the other
     kinds and larger radii remain unseen, as held-out wordings do.
     """
-    if steps < 1 or not phantoms:
-        raise SettingsError(f"{steps} steps on {len(phantoms)} phantoms train nothing; give at least one of each")
+    if steps < 1 or not volumes:
+        raise SettingsError(f"{steps} steps on {len(volumes)} volumes train nothing; give at least one of each")
     rng = np.random.default_rng([seed, 1])
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = PromptNet(width).to(device).train()
-    exact = {(i, organ): prompts_of(phantom.mask(organ)) for i, phantom in enumerate(phantoms) for organ in ORGANS
-             if phantom.mask(organ).any()}  # fmt: skip
+    exact = {(i, organ): prompts_of(volume.mask(organ)) for i, volume in enumerate(volumes) for organ in volume.organs
+             if volume.mask(organ).any()}  # fmt: skip
     keys = list(exact)
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
@@ -126,11 +125,11 @@ def train(phantoms, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, 
             value, severity = exact[keys[place]][kind], int(rng.integers(5))
             if bent:
                 how = "mix" if kind == "mask" else "shift"
-                shown = bend_prompt(kind, value, how, severity, int(rng.integers(2**31)), phantoms[i].labels.shape)
+                shown = bend_prompt(kind, value, how, severity, int(rng.integers(2**31)), volumes[i].labels.shape)
                 value = shown if shown.any() else value  # an organ that is eroded away asks for nothing
-            images.append(phantoms[i].windowed * rng.uniform(0.9, 1.1) + rng.uniform(-0.1, 0.1))
-            prompts.append(as_channels({kind: value}, phantoms[i].labels.shape))
-            truths.append(phantoms[i].mask(organ))
+            images.append(volumes[i].windowed * rng.uniform(0.9, 1.1) + rng.uniform(-0.1, 0.1))
+            prompts.append(as_channels({kind: value}, volumes[i].labels.shape))
+            truths.append(volumes[i].mask(organ))
         image, prompt, truth = (
             torch.from_numpy(np.stack(x).astype(np.float32)).to(device) for x in (images, prompts, truths)
         )

@@ -27,13 +27,16 @@ WINDOW = (-160, 240)  # of grey values, for abdomens
 
 
 @dataclass(frozen=True)
-class Phantom:
+class Volume:
+    """A phantom, or a scan of one's own."""
+
     name: str
     image: np.ndarray  # float32 [D, H, W], Hounsfield units
-    labels: np.ndarray  # uint8 [D, H, W], 0 for none, then ORGANS in order
+    labels: np.ndarray  # integers [D, H, W], 0 for none, then the organs in order
+    organs: tuple = tuple(ORGANS)
 
     def mask(self, organ):
-        return self.labels == 1 + list(ORGANS).index(organ)
+        return self.labels == 1 + self.organs.index(organ)
 
     def others(self, organ):
         """Where the other organs are."""
@@ -80,7 +83,7 @@ def make_phantom(seed, split="train", shape=SHAPE):
     image = gaussian_filter(image, 0.6)  # partial volume
     noise = gaussian_filter(rng.standard_normal(shape), 0.7)
     image += rng.uniform(18, 35) * noise / noise.std()  # reconstruction leaves noise that hangs together
-    return Phantom(f"{split} {seed}", image.astype(np.float32), labels)
+    return Volume(f"{split} {seed}", image.astype(np.float32), labels)
 
 
 def largest(mask):

@@ -6,11 +6,12 @@ The second is tested on kinds and radii that it has not seen, as a model trained
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from ..studies import Study
 from .network import CHANNELS, as_channels, bend_prompt, prompts_of, train
 from .perturb import KINDS, SEVERITIES
-from .phantoms import ORGANS, SHAPE, about, make_phantoms
+from .phantoms import SHAPE, about, make_phantoms
 from .surfaces import overlap, surface_distance
 
 EXACT, BENT = "exact prompts", "bent prompts"
@@ -36,16 +37,18 @@ def measure(cell, seed, profile, folder):
     return table
 
 
-def ask_bent(model, phantoms, severities=SEVERITIES, prompts=PROMPTS):
-    """Ask a model for each organ with an exact prompt, then with bent ones; all it needs is `ask(image, prompts)`.
+def ask_bent(model, volumes, severities=SEVERITIES, prompts=PROMPTS, quiet=False):
+    """Ask a model for each organ with an exact prompt, then with bent ones; all it needs is `ask(image, prompts)`,
+    and `raw = True` if it takes Hounsfield units rather than an abdominal window.
 
     dice and distance  of the answer
     copied             Dice of the prompt itself: what a model gets that returns it untouched; empty for points
     severity           0 is the exact prompt, of the kind "exact"
     """
     rows = []
-    for number, phantom in enumerate(phantoms):
-        masks = {organ: phantom.mask(organ) for organ in ORGANS if phantom.mask(organ).any()}
+    for number, volume in enumerate(tqdm(volumes, desc="asking", unit="volume", disable=quiet)):
+        image = volume.image if getattr(model, "raw", False) else volume.windowed
+        masks = {organ: volume.mask(organ) for organ in volume.organs if volume.mask(organ).any()}
         exact = {organ: prompts_of(mask) for organ, mask in masks.items()}
         answered = {}  # what was eroded away, or has no hole left, is asked once
         for kind_of_prompt, kinds in prompts.items():
@@ -54,13 +57,13 @@ def ask_bent(model, phantoms, severities=SEVERITIES, prompts=PROMPTS):
                 for place, organ in enumerate(masks):
                     value = exact[organ][kind_of_prompt]
                     if kind != "exact":
-                        seed, shape = (number, place, severity), phantom.labels.shape
-                        value = bend_prompt(kind_of_prompt, value, kind, severity, seed, shape, phantom.others(organ))
+                        seed, shape = (number, place, severity), volume.labels.shape
+                        value = bend_prompt(kind_of_prompt, value, kind, severity, seed, shape, volume.others(organ))
                     bent[organ] = {kind_of_prompt: value}
                 named = {organ: (kind_of_prompt, prompt[kind_of_prompt].tobytes()) for organ, prompt in bent.items()}
                 new = {name: bent[organ] for organ, name in named.items() if name not in answered}
                 if new:
-                    answered |= zip(new, model.ask(phantom.windowed, list(new.values())), strict=True)
+                    answered |= zip(new, model.ask(image, list(new.values())), strict=True)
                 row = dict(prompt=kind_of_prompt, kind=kind, severity=severity, volume=number)
                 for organ, name in named.items():
                     row |= scored(organ, answered[name], masks[organ], bent[organ])
