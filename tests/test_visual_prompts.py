@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgseg_lite.errors import SettingsError
+from pgseg_lite.errors import ModelError, SettingsError
+from pgseg_lite.results import load_result
+from pgseg_lite.studies import run_study
+from pgseg_lite.visual.adapters import NnInteractive, SamMed3D, overlapping, package, read_checkpoint
+from pgseg_lite.visual.curves import curves, differences, tidy
 from pgseg_lite.visual.network import CHANNELS, PromptNet, as_channels, bend_prompt, prompts_of, train
 from pgseg_lite.visual.perturb import KINDS, SEVERITIES, perturb_boxes, perturb_mask, perturb_points
 from pgseg_lite.visual.phantoms import ORGANS, make_phantom, make_phantoms
+from pgseg_lite.visual.study import BENT, EXACT, ask_bent
 from pgseg_lite.visual.surfaces import border, overlap, surface_distance
 
 BOXES = [name for name, kind in KINDS.items() if kind.of_box]
@@ -295,3 +300,158 @@ def test_a_short_training_learns_something_and_is_the_same_each_time(small):
     once, again = (train(phantoms, seed=1, steps=3, bent=True, width=4, quiet=True) for _ in range(2))
     for a, b in zip(once.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# ---- the study ----
+
+
+class Copy:
+    """Returns its mask prompts untouched."""
+
+    def ask(self, image, prompts):
+        assert image.min() >= -1 and image.max() <= 1
+        return np.stack([prompt["mask"] for prompt in prompts])
+
+
+def test_a_model_that_copies_scores_what_its_prompts_do(phantom):
+    table = tidy(ask_bent(Copy(), [phantom], (2,), {"mask": tuple(KINDS)}, quiet=True))
+    assert (table["dice"] == table["copied"]).all() and len(table) == (len(KINDS) + 1) * len(ORGANS)
+    exact = table.query("kind == 'exact'")
+    assert (exact["dice"] == 1).all() and (exact["distance"] == 0).all() and (exact["severity"] == 0).all()
+    assert (table.query("kind in ['dilate', 'erode']")["dice"] < 1).all()
+
+
+def test_the_study_runs_at_smoke_and_is_not_measured_twice(tmp_path):
+    said = []
+    table = run_study("imprecise", "smoke", tmp_path, said.append)
+    again = run_study("imprecise", "smoke", tmp_path, said.append)
+    assert table.equals(again) and "2 of them measured before" in said[-1]
+    assert set(table["cell"]) == {EXACT, BENT} and set(table["prompt"]) == set(CHANNELS)
+    assert set(table["kind"]) == {"exact", *KINDS} and len(table) == 2 * 2 * (3 + 2 * (len(KINDS) + 3 + 1))
+    facts = table.attrs["facts"]
+    assert {one["split"] for one in facts["datasets"]} == {"train", "test"} and facts["seeds"] == [0]
+
+
+def test_the_stored_study_has_three_seeds_and_its_curves_hold_their_means(repo):
+    table = load_result("imprecise", repo / "results")
+    assert len(table.attrs["stamp"]["seeds"]) >= 3 and table.attrs["stamp"]["profile"] == "lite"
+    rows = tidy(table)
+    dilated = rows.query("prompt == 'mask' and kind == 'dilate' and severity == 2")
+    (exact,) = curves(dilated.query("cell == @EXACT"), resamples=200).itertuples()
+    assert exact.low <= exact.value <= exact.high
+    assert exact.value == pytest.approx(dilated.query("cell == @EXACT")["dice"].mean())
+    (gained,) = differences(dilated, BENT, EXACT, resamples=200).itertuples()
+    assert gained.value == pytest.approx(dilated.query("cell == @BENT")["dice"].mean() - exact.value)
+    (none,) = differences(dilated, BENT, BENT, resamples=200).itertuples()
+    assert none.value == none.low == none.high == 0 and none.verdict == "undecided"
+    with pytest.raises(SettingsError, match="no way of training 'magic' here"):
+        differences(dilated, "magic", EXACT)
+
+
+# ---- adapters ----
+
+
+def test_what_is_missing_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(ModelError, match=r"no_such_package cannot be imported.*run `pip install it`"):
+        package("no_such_package.inside", "it")
+    for kind, name in ((NnInteractive, "nnInteractive"), (SamMed3D, "medim")):
+        with pytest.raises(
+            ModelError, match=f"{name} cannot be imported|not a trained nnInteractive|no such checkpoint"
+        ):
+            kind(tmp_path / "nothing")
+
+
+def test_a_checkpoint_that_holds_more_than_weights_is_refused_and_not_run(tmp_path):
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "run").touch, ()
+
+    torch.save({"model_state_dict": {"a": torch.zeros(2)}, "best": np.float64(0.5)}, tmp_path / "good.pth")
+    assert read_checkpoint(tmp_path / "good.pth")["best"] == 0.5
+    torch.save({"model_state_dict": {}, "evil": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ModelError, match=r"evil\.pth: not plain weights \(it asks for .*\); fetch it again"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:300])
+    with pytest.raises(ModelError, match=r"torn\.pth: not plain weights"):
+        read_checkpoint(tmp_path / "torn.pth")
+    with pytest.raises(ModelError, match="there is no such checkpoint"):
+        read_checkpoint(tmp_path / "none.pth")
+
+
+def test_a_cube_and_a_volume_overlap_where_they_should():
+    volume = np.arange(4 * 5 * 6).reshape(4, 5, 6)
+    for corner in ((-2, 1, 3), (1, 1, 1), (3, -3, 4)):
+        inside, of_cube = overlapping(corner, 4, volume.shape)
+        cube = np.full((4, 4, 4), -1)
+        cube[of_cube] = volume[inside]
+        for place in np.argwhere(cube >= 0):
+            assert cube[tuple(place)] == volume[tuple(place + corner)]
+        assert (cube >= 0).sum() == volume[inside].size > 0
+
+
+def asked_twice(model, phantom):
+    """The masks for a mask, a point, no mask at all; a second time the same."""
+    exact = prompts_of(phantom.mask("liver"))
+    prompts = [{"mask": exact["mask"]}, {"point": exact["point"]}, {"mask": np.zeros_like(exact["mask"])}]
+    first, again = (model.ask(phantom.image, prompts) for _ in range(2))
+    assert first.dtype == bool and first.shape == (3, *phantom.image.shape)
+    assert np.array_equal(first, again) and not first[2].any()
+    with pytest.raises(SettingsError, match="was given scribble; give one of mask"):
+        model.ask(phantom.image, [{"scribble": 1}])
+
+
+def test_sam_med3d_with_small_random_weights(tmp_path, phantom):
+    import torch
+
+    medim = pytest.importorskip("medim")
+    sizes = dict(encoder_embed_dim=24, encoder_depth=2, encoder_num_heads=2, encoder_global_attn_indexes=[1],
+                 prompt_embed_dim=48, image_size=32)  # fmt: skip
+    weights = medim.create_model("SAM-Med3D", **sizes).state_dict()
+    torch.save({"model_state_dict": weights}, tmp_path / "small.pth")
+    asked_twice(SamMed3D(tmp_path / "small.pth", "cpu", **sizes), phantom)
+    with pytest.raises(ModelError, match="weights of another architecture"):
+        SamMed3D(tmp_path / "small.pth", "cpu", **sizes | {"encoder_depth": 3})
+    torch.save({"state_dict": weights}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match="no model_state_dict in it"):
+        SamMed3D(tmp_path / "other.pth", "cpu", **sizes)
+
+
+def test_nninteractive_with_small_random_weights(tmp_path, phantom):
+    import json
+
+    import torch
+
+    trainer = pytest.importorskip("nnInteractive.trainer.nnInteractiveTrainer").nnInteractiveTrainer_stub
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    network = dict(
+        n_stages=3, features_per_stage=[4, 8, 8], conv_op="torch.nn.modules.conv.Conv3d", kernel_sizes=[[3] * 3] * 3,
+        strides=[[1] * 3, [2] * 3, [2] * 3], n_blocks_per_stage=[1] * 3, n_conv_per_stage_decoder=[1] * 2,
+        conv_bias=True, norm_op="torch.nn.modules.instancenorm.InstanceNorm3d", norm_op_kwargs={"affine": True},
+        dropout_op=None, dropout_op_kwargs=None, nonlin="torch.nn.LeakyReLU", nonlin_kwargs={},
+    )  # fmt: skip
+    unet = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    ops = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    architecture = dict(network_class_name=unet, arch_kwargs=network, _kw_requires_import=ops)
+    configuration = dict(patch_size=[64] * 3, spacing=[1] * 3, architecture=architecture)
+    plans = dict(dataset_name="small", plans_name="small", label_manager="LabelManager", transpose_forward=[0, 1, 2],
+                 transpose_backward=[0, 1, 2], configurations={"3d_fullres": configuration})  # fmt: skip
+    labels = dict(channel_names={"0": "CT"}, labels={"background": 0, "object": 1}, file_ending=".nii.gz")
+    for name, content in (("plans", plans), ("dataset", labels), ("inference_session_class", {"point_radius": 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    manager = PlansManager(plans)
+    torch.manual_seed(0)
+    small = trainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 8, 2, False)
+    with torch.no_grad():
+        for name, bias in small.named_parameters():
+            if "seg_layers" in name and name.endswith("bias"):
+                bias.copy_(torch.tensor([2.5, -2.5]))  # little is marked, so its zooming soon stops
+    (tmp_path / "fold_0").mkdir()
+    init = dict(trainer_name="nnInteractiveTrainer_stub", init_args={"configuration": "3d_fullres"})
+    torch.save({"network_weights": small.state_dict()} | init, tmp_path / "fold_0" / "checkpoint_final.pth")
+    model = NnInteractive(tmp_path, "cpu")
+    asked_twice(model, phantom)
+    assert model.ask(phantom.image, [{"box": [[10, 8, 8], [18, 20, 20]]}]).shape == (1, *phantom.image.shape)

@@ -7,6 +7,7 @@ but numbers, texts and containers of them.
 
 import argparse
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def read_checkpoint(path):
     except FileNotFoundError as error:
         raise ModelError(f"{path}: there is no such checkpoint; give the file or folder that was downloaded") from error
     except Exception as error:  # whatever a damaged or unexpected pickle makes of itself
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {found[1]}" if found else type(error).__name__
         raise ModelError(f"{path}: not plain weights ({reason}); fetch it again from its publisher") from error
 
 
@@ -125,7 +127,7 @@ class SamMed3D(Asked):
         held = read_checkpoint(path)
         if "model_state_dict" not in held:
             raise ModelError(
-                f"{path}: no model_state_dict in it, so it is no checkpoint of SAM-Med3D; give another file"
+                f"{path}: no model_state_dict in it, so this is no checkpoint of SAM-Med3D; give another"
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = medim.create_model("SAM-Med3D", **sizes).to(self.device).eval()
@@ -133,7 +135,7 @@ class SamMed3D(Asked):
             self.model.load_state_dict(held["model_state_dict"])
         except RuntimeError as error:
             raise ModelError(
-                f"{path}: weights of another architecture than this SAM-Med3D; give one of ViT-B"
+                f"{path}: weights of another architecture; give those of SAM-Med3D's ViT-B"
             ) from error
         self.side = self.model.image_encoder.img_size
 
