@@ -126,17 +126,13 @@ class SamMed3D(Asked):
         path = Path(checkpoint or download(self.hub_name, [self.hub_file]) / self.hub_file)
         held = read_checkpoint(path)
         if "model_state_dict" not in held:
-            raise ModelError(
-                f"{path}: no model_state_dict in it, so this is no checkpoint of SAM-Med3D; give another"
-            )
+            raise ModelError(f"{path}: no model_state_dict in it, so this is no checkpoint of SAM-Med3D; give another")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = medim.create_model("SAM-Med3D", **sizes).to(self.device).eval()
         try:
             self.model.load_state_dict(held["model_state_dict"])
         except RuntimeError as error:
-            raise ModelError(
-                f"{path}: weights of another architecture; give those of SAM-Med3D's ViT-B"
-            ) from error
+            raise ModelError(f"{path}: weights of another architecture; give those of SAM-Med3D's ViT-B") from error
         self.side = self.model.image_encoder.img_size
 
     def look(self, image):
