@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgseg_lite.errors import ModelError, SettingsError
+from pgseg_lite.errors import DataError, ModelError, SettingsError
 from pgseg_lite.results import load_result
 from pgseg_lite.studies import run_study
 from pgseg_lite.visual.adapters import NnInteractive, SamMed3D, overlapping, package, read_checkpoint
@@ -12,6 +12,7 @@ from pgseg_lite.visual.curves import curves, differences, tidy
 from pgseg_lite.visual.network import CHANNELS, PromptNet, as_channels, bend_prompt, prompts_of, train
 from pgseg_lite.visual.perturb import KINDS, SEVERITIES, perturb_boxes, perturb_mask, perturb_points
 from pgseg_lite.visual.phantoms import ORGANS, make_phantom, make_phantoms
+from pgseg_lite.visual.scans import load_scans
 from pgseg_lite.visual.study import BENT, EXACT, ask_bent
 from pgseg_lite.visual.surfaces import border, overlap, surface_distance
 
@@ -455,3 +456,25 @@ def test_nninteractive_with_small_random_weights(tmp_path, phantom):
     model = NnInteractive(tmp_path, "cpu")
     asked_twice(model, phantom)
     assert model.ask(phantom.image, [{"box": [[10, 8, 8], [18, 20, 20]]}]).shape == (1, *phantom.image.shape)
+
+
+def test_scans_are_read_turned_and_resampled(tmp_path):
+    with pytest.raises(DataError, match=r"0 images in img/ and 0 in label/; give a folder"):
+        load_scans(tmp_path)
+    nibabel = pytest.importorskip("nibabel")
+    labels = np.zeros((12, 10, 8), np.uint8)  # x, y, z
+    labels[2:4, 3:8, 1:5], labels[8:11, 3:8, 1:5] = 1, 2
+    grey = np.where(labels == 1, 100, -50).astype(np.int16)
+    turned = np.diag([-1.5, 1.5, 3.0, 1.0])  # x runs from right to left, slices are 3 mm thick
+    for name, values in (("img", grey), ("label", labels)):
+        (tmp_path / name).mkdir()
+        nibabel.save(nibabel.Nifti1Image(values, turned), tmp_path / name / f"{name}01.nii.gz")
+    (scan,) = load_scans(tmp_path, ("one", "two"))
+    assert scan.name == "img01" and scan.labels.shape == (16, 10, 12) and set(np.unique(scan.labels)) == {0, 1, 2}
+    assert np.argwhere(scan.mask("one"))[:, 2].min() == 8  # canonical: x to the right
+    assert scan.image[scan.mask("one")].mean() > 50
+    with pytest.raises(DataError, match="label 2 has no name; name 2 organs, not 1"):
+        load_scans(tmp_path, ("one",))
+    (tmp_path / "label" / "label01.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="not a readable NIfTI file"):
+        load_scans(tmp_path)
