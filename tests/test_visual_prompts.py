@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from pgseg_lite.cli import main
 from pgseg_lite.errors import DataError, ModelError, SettingsError
 from pgseg_lite.results import load_result
 from pgseg_lite.studies import run_study
@@ -329,6 +330,7 @@ def test_the_study_runs_at_smoke_and_is_not_measured_twice(tmp_path):
     assert table.equals(again) and "2 of them measured before" in said[-1]
     assert set(table["cell"]) == {EXACT, BENT} and set(table["prompt"]) == set(CHANNELS)
     assert set(table["kind"]) == {"exact", *KINDS} and len(table) == 2 * 2 * (3 + 2 * (len(KINDS) + 3 + 1))
+    assert main(["experiment", "imprecise", "--profile", "smoke", "--segmenter", "sam3"]) == 2  # it has none
     facts = table.attrs["facts"]
     assert {one["split"] for one in facts["datasets"]} == {"train", "test"} and facts["seeds"] == [0]
 

@@ -4,6 +4,8 @@ Two ways of training it, as with words: on exact prompts only, and on prompts be
 The second is tested on kinds and radii that it has not seen, as a model trained on groups of wordings is on new ones.
 """
 
+from hashlib import sha256
+
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -50,7 +52,7 @@ def ask_bent(model, volumes, severities=SEVERITIES, prompts=PROMPTS, quiet=False
         image = volume.image if getattr(model, "raw", False) else volume.windowed
         masks = {organ: volume.mask(organ) for organ in volume.organs if volume.mask(organ).any()}
         exact = {organ: prompts_of(mask) for organ, mask in masks.items()}
-        answered = {}  # what was eroded away, or has no hole left, is asked once
+        scores = {}  # by organ and prompt: one that is eroded away, or has no hole left, is asked about once
         for kind_of_prompt, kinds in prompts.items():
             for kind, severity in [("exact", 0), *((k, s) for k in kinds for s in severities)]:
                 bent = {}
@@ -60,23 +62,30 @@ def ask_bent(model, volumes, severities=SEVERITIES, prompts=PROMPTS, quiet=False
                         seed, shape = (number, place, severity), volume.labels.shape
                         value = bend_prompt(kind_of_prompt, value, kind, severity, seed, shape, volume.others(organ))
                     bent[organ] = {kind_of_prompt: value}
-                named = {organ: (kind_of_prompt, prompt[kind_of_prompt].tobytes()) for organ, prompt in bent.items()}
-                new = {name: bent[organ] for organ, name in named.items() if name not in answered}
-                if new:
-                    answered |= zip(new, model.ask(image, list(new.values())), strict=True)
+                named = {organ: (organ, *shown(prompt)) for organ, prompt in bent.items()}
+                new = {name: bent[organ] for organ, name in named.items() if name not in scores}
+                answers = model.ask(image, list(new.values())) if new else ()  # [new, D, H, W]
+                for (name, prompt), answer in zip(new.items(), answers, strict=True):
+                    scores[name] = scored(name[0], answer, masks[name[0]], prompt)
                 row = dict(prompt=kind_of_prompt, kind=kind, severity=severity, volume=number)
-                for organ, name in named.items():
-                    row |= scored(organ, answered[name], masks[organ], bent[organ])
+                for name in named.values():
+                    row |= scores[name]
                 rows.append(row)
     return pd.DataFrame(rows)
 
 
+def shown(prompt):
+    """A prompt's kind and a digest of it: whole masks of a scan would fill the memory."""
+    ((kind, value),) = prompt.items()
+    return kind, sha256(np.ascontiguousarray(value)).digest()
+
+
 def scored(organ, answer, truth, prompt):
     (kind,) = prompt
-    shown = as_channels(prompt, truth.shape)[CHANNELS.index(kind)] > 0
+    told = as_channels(prompt, truth.shape)[CHANNELS.index(kind)] > 0
     found = dict(
         dice=overlap(answer, truth), distance=surface_distance(answer, truth),
-        copied=np.nan if kind == "point" else overlap(shown, truth),
+        copied=np.nan if kind == "point" else overlap(told, truth),
     )  # fmt: skip
     return {f"{name} {organ}": round(found[name], digits) for name, digits in MEASURES.items()}
 
