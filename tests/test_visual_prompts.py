@@ -299,6 +299,7 @@ def test_a_short_training_learns_something_and_is_the_same_each_time(small):
                                                 new.mask(o)) for o in ("liver", "spleen", "stomach")])  # fmt: skip
     assert all(fits["trained", kind] > fits["new", kind] + 0.1 for kind in ("mask", "box")), fits
     assert fits["trained", "mask"] > 0.6, fits
+    assert model.ask(new.windowed[:11, :19, :13], [{"point": [5, 5, 5]}]).shape == (1, 11, 19, 13)
     once, again = (train(phantoms, seed=1, steps=3, bent=True, width=4, quiet=True) for _ in range(2))
     for a, b in zip(once.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..errors import SettingsError, TrainingError
-from .perturb import bounds, perturb_boxes, perturb_mask, perturb_points
+from .perturb import STUDY_MIX, bounds, perturb_boxes, perturb_mask, perturb_points
 
 CHANNELS = ("mask", "box", "point")
 POINT_RADIUS = 1  # a single voxel would drown
+BATCH, RATE = 2, 4e-3  # of training
 TOGETHER = 6  # prompts answered at a time; one by one, each takes five times as long on a CPU
 
 
 class PromptNet(nn.Module):
-    """[B, 1, D, H, W] in -1..1 and prompts [B, 3, D, H, W] of 0 and 1 -> logits [B, D, H, W]; sizes divisible by 8."""
+    """[B, 1, D, H, W] in -1..1 and prompts [B, 3, D, H, W] of 0 and 1 -> logits [B, D, H, W], of any size."""
 
     def __init__(self, width=12):
         super().__init__()
@@ -100,7 +101,7 @@ def bend_prompt(kind_of_prompt, value, how, severity, seed, shape, others=None):
     return bend(np.asarray(value)[None], how, severity, shape, seed)[0]
 
 
-def train(volumes, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, width=12, quiet=False):
+def train(volumes, seed=0, steps=400, bent=False, width=12, quiet=False):
     """A network that has seen exact prompts, or, with `bent`, prompts bent as the published study mixes them.
 
     Bent masks are dilated, eroded, hollowed or shifted (radius 0 to 4), boxes and points shifted by 0 to 4: the other
@@ -115,14 +116,14 @@ def train(volumes, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, w
     exact = {(i, organ): prompts_of(volume.mask(organ)) for i, volume in enumerate(volumes) for organ in volume.organs
              if volume.mask(organ).any()}  # fmt: skip
     keys = list(exact)
-    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.1)
     for step in tqdm(range(steps), desc="training", disable=quiet):
         images, prompts, truths = [], [], []
-        for place in rng.integers(len(keys), size=batch):
+        for place in rng.integers(len(keys), size=BATCH):
             i, organ = keys[place]
             kind = rng.choice(CHANNELS, p=(0.5, 0.25, 0.25))
-            value, severity = exact[keys[place]][kind], int(rng.integers(5))
+            value, severity = exact[keys[place]][kind], int(rng.integers(STUDY_MIX + 1))
             if bent:
                 how = "mix" if kind == "mask" else "shift"
                 shown = bend_prompt(kind, value, how, severity, int(rng.integers(2**31)), volumes[i].labels.shape)
@@ -135,7 +136,9 @@ def train(volumes, seed=0, steps=400, bent=False, batch=2, learning_rate=4e-3, w
         )
         loss = fit(model(image[:, None], prompt), truth)
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()} at step {step}; give a lower learning rate")
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {step}; look at the volumes for grey values that are no numbers"
+            )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,7 +13,7 @@ from ..errors import SettingsError
 
 SEVERITIES = tuple(range(1, 11))
 CELL = 3  # voxels along an edge of the blocks that make a jagged boundary
-STUDY_SHIFT, STUDY_MIX = 3, 4  # the severities at which the published study shifts and mixes
+STUDY_MIX = 4  # the largest radius at which the published study mixes
 
 
 @dataclass(frozen=True)
