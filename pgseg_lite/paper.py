@@ -35,13 +35,21 @@ def table(n):
     return frame
 
 
-def imprecise_visual_prompts():
-    """What imprecise mask prompts cost two 3D models, as published (arXiv 2601.16383): a row a radius, 0 for none."""
+def imprecise_visual_prompts(hole=False):
+    """What imprecise mask prompts cost two 3D models, as published (arXiv 2601.16383): a row a radius, 0 for none.
+
+    `lost` is the share of organs whose answer has nothing in common with the truth; NaN where that is not known.
+    `hole` adds the shells, where a larger radius is a smaller error.
+    """
     source, records = _source()["imprecise_visual_prompts"], []
     for row in source["rows"]:
-        curve = enumerate(row["dice"], 1) if isinstance(row["dice"], list) else [(0, row["dice"])]
-        records += [row | {"radius": radius, "dice": dice} for radius, dice in curve]
-    frame = pd.DataFrame(records, columns=["model", "prompt", "radius", "dice"])
+        if row["prompt"] == "hole" and not hole:
+            continue
+        means = np.atleast_1d(row["dice"]).tolist()
+        lost = row.get("lost", [np.nan] * len(means))
+        for radius, dice, share in zip(range(len(means) > 1, 99), means, lost, strict=False):
+            records.append(row | {"radius": radius, "dice": dice, "lost": share})
+    frame = pd.DataFrame(records, columns=["model", "prompt", "radius", "dice", "lost"])
     frame.attrs.update(title=source["title"], source=source["source"])
     return frame
 

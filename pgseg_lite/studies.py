@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import SettingsError, TrainingError
 from .experiments import SEEDS
 
-STUDIES = {}  # name -> the module that holds its STUDY
+STUDIES = {"imprecise": "visual.study"}  # name -> the module that holds its STUDY
 
 
 @dataclass(frozen=True)
