@@ -13,6 +13,7 @@ _HOME = {
     "PromptGroup": "prompts",
     "Sample": "data",
     "load_dataset": "data",
+    "get_dataset": "data.download",
     "SegmentationOutput": "models",
     "Segmenter": "models",
     "aggregate": "models",

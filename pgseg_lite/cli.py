@@ -86,6 +86,10 @@ def build_parser():
 
     data = group(commands, "data", "look at and check datasets")
     command(data, run_data_list, "list", "the datasets that can be read, and their layouts")
+    get = command(data, run_data_get, "get", "fetch a public dataset, or say how to get it, and check that it is whole")
+    get.add_argument("name", help="pannuke, consep, cpm15, cpm17, kumar, cryonuseg or histology")
+    get.add_argument("--root", help="where it is or shall be; by default its official name under $PGSEG_DATA")
+    get.add_argument("--official", action="store_true", help="the official archives, not the hub's copy (pannuke only)")
     check = command(data, run_data_check, "check", "read every sample of a dataset and report what is in it")
     add_data_options(check, split="train")
     show = command(data, run_data_show, "show", "write a picture of the first samples with their masks")
@@ -244,6 +248,12 @@ def run_data_list(args):
     from .data import describe_datasets
 
     print(describe_datasets())
+
+
+def run_data_get(args):
+    from .data.download import get_dataset
+
+    print(f"{args.name} is whole: {get_dataset(args.name, args.root, args.official)}")
 
 
 def run_data_check(args):

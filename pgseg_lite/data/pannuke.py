@@ -3,7 +3,7 @@
 The official files are `Fold 1/images/fold1/images.npy` and `Fold 1/masks/fold1/masks.npy`, [N, 256, 256, 6] with
 instance ids in channels neoplastic, inflammatory, connective, dead, epithelial, background (not read). They are
 memory-mapped: 10 GB are never in memory at once. With `hub=True` the same patches come from the Hugging Face set
-RationAI/PanNuke, or from `root` when that is a copy of it made by `save_to_disk`.
+RationAI/PanNuke. A `root` that holds a copy of it made by `save_to_disk` is read as such.
 CC BY-NC-SA 4.0. Gamper et al., PanNuke, ECDP 2019; Gamper et al., arXiv:2003.10778, 2020.
 """
 
@@ -19,6 +19,7 @@ from .files import layer, subfolder
 TARGETS = ("all", "neoplastic", "inflammatory", "connective", "dead", "epithelial")
 SIDE = 256
 HUB = {"path": "RationAI/PanNuke", "revision": "1f498f7bd6a85ef5f204c592b41ac881eab61005"}
+HUB_COPY = "dataset_dict.json"  # what `save_to_disk` leaves at the top
 
 
 class PanNuke:
@@ -39,7 +40,7 @@ class PanNuke:
 
 
 def open_pannuke(name: str, root: Path | None, split: str, hub: bool) -> PanNuke:
-    if hub:
+    if hub or (root / HUB_COPY).is_file():
         rows = hub_rows(root, split)
         return PanNuke(split, len(rows), partial(from_hub, rows))
     folders = {kind: subfolder(root, f"Fold {split[-1]}/{kind}/{split}") for kind in ("images", "masks")}
