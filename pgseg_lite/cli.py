@@ -41,9 +41,9 @@ def build_parser():
     defaults = {"lite": asdict(TrainSettings()), "sam3": asdict(Sam3Settings())}
     for field in fields(Sam3Settings):
         how = {"nargs": "+"} if field.name == "levels" else {"type": type(field.default)}
-        if isinstance(field.default, bool):
+        if isinstance(field.default, bool | None):
             how = {"action": argparse.BooleanOptionalAction}
-        shown = [f"{name}: {values[field.name]}" for name, values in defaults.items() if field.name in values]
+        shown = [f"{name}: {'as fits' if values[field.name] is None else values[field.name]}" for name, values in defaults.items() if field.name in values]
         settings.add_argument(
             "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=", ".join(shown), **how
         )

@@ -81,7 +81,8 @@ class Sam3Settings(TrainSettings):
     schedule: str = "inverse_sqrt"
     clip: float = 0.1
     lora_rank: int = 16
-    serial: bool = True  # one phrasing's graph at a time: a quarter more work at most, and the memory of one
+    # One phrasing's graph at a time: a quarter more work at most, the memory of one phrasing and the same gradients.
+    serial: bool | None = None  # None: on a CPU, and where all phrasings at once do not fit the GPU
     checkpointing: bool = True  # the vision encoder's layers are computed again for the backward pass
 
     def __post_init__(self):

@@ -25,6 +25,8 @@ from .settings import TrainSettings
 
 TERMS = ("seg", "mask", "dice", "presence", "group", "consistency")
 
+HARDWARE = ("serial",)  # what suits the machine and changes no gradient: a run may go on without it elsewhere
+
 TrainResult = namedtuple("TrainResult", "model history folder wall_s cpu_s")
 
 
@@ -178,6 +180,8 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     groups = None
     if hasattr(model, "prepare_training"):
         groups = model.prepare_training(settings, dataset.texts, phrasings=len(dataset.groups) * settings.k)
+    if "serial" in run:  # what was decided, for the record
+        run["serial"] = model.serial
     checkpoint = prepare_output(output, run, resume)
     table = model.encode_text(dataset.texts).cpu()  # [N, ...], a row per phrasing
     trainer = PromptGroupTrainer(
@@ -259,7 +263,9 @@ def prepare_output(output, run, resume):
             raise SettingsError(f"{output} already holds a run; resume it, or choose another output folder")
         stored = json.loads(record.read_text())
         changed = [
-            f"{name} was {stored.get(name)} and is now {run[name]}" for name in run if stored.get(name) != run[name]
+            f"{name} was {stored.get(name)} and is now {run[name]}"
+            for name in run
+            if stored.get(name) != run[name] and name not in HARDWARE
         ]
         if changed:
             raise SettingsError(f"{record}: cannot resume, {changed[0]}; use the same")

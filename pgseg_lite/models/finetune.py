@@ -1,6 +1,7 @@
 """Which parts of SAM3 are trained, how fast each of them learns, and whether that fits the GPU."""
 
 import re
+from dataclasses import replace
 
 import torch
 
@@ -84,7 +85,10 @@ def rate(name, sam, settings):
 
 
 def check(model, settings, phrasings):
-    """Stop here on what would stop the run later. phrasings: of one image, all its targets together."""
+    """Stop here on what would stop the run later; returns the settings with `serial` decided.
+
+    phrasings: of one image, all its targets together.
+    """
     if not isinstance(settings, Sam3Settings):
         raise SettingsError("sam3 trains with Sam3Settings, not TrainSettings; leave settings out, or pass those")
     if settings.trainable == "lora":
@@ -93,13 +97,25 @@ def check(model, settings, phrasings):
         except ImportError as error:
             said = "trainable 'lora' needs peft, which is not installed"
             raise ModelError(f"{said}; run `pip install 'pgseg-lite[sam3]'`, or train the decoder") from error
-    if (there := gpu_memory(model.device)) is not None:
+    there = gpu_memory(model.device)
+    settings = choose_serial(model.sam, settings, phrasings, there)
+    if there is not None:
         needed = memory_needed(model.sam, settings, phrasings)
         if needed > there:
             ways = [f"{name}={value!r}" for name, value in LIGHTER.items() if getattr(settings, name) != value]
             said = f"training {settings.trainable} needs about {needed:.0f} GiB of GPU memory and {there:.0f} are there"
             advice = f"try {', '.join(ways)}" if ways else "take a larger GPU"
             raise ModelError(f"{said}; {advice}")
+    return settings
+
+
+def choose_serial(sam, settings, phrasings, memory):
+    """`serial` where the settings leave it open. memory: the GPU's GiB, None on a CPU."""
+    if settings.serial is not None:
+        return settings
+    at_once = replace(settings, serial=False)
+    fits = memory is not None and memory_needed(sam, at_once, phrasings) <= memory
+    return at_once if fits else replace(settings, serial=True)
 
 
 LIGHTER = {"serial": True, "checkpointing": True, "batch_size": 1, "trainable": "decoder"}

@@ -212,7 +212,7 @@ class Sam3Segmenter(nn.Module):
         from . import finetune
 
         self.text.check_lengths(texts)
-        finetune.check(self, settings, phrasings)
+        settings = finetune.check(self, settings, phrasings)
         finetune.choose_parts(self, settings)
         self.serial = settings.serial
         return finetune.parameter_groups(self.sam, settings)
