@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from . import __version__
 from .errors import PgsegError, SettingsError
 from .experiments import EXPERIMENTS
+from .options import add_data_options, add_model_options, add_settings, read_data, read_segmenter, read_settings, say
 from .prompts import LEVELS, PromptBank
-from .settings import PER_LEVEL, PROFILES, SAM3_PROFILES, Sam3Settings, TrainSettings
+from .settings import PER_LEVEL, PROFILES
 
 
 def main(arguments=None):
@@ -31,27 +31,18 @@ def build_parser():
 
     train = command(commands, run_train, "train", "train a segmenter on prompt groups")
     add_data_options(train, split="train")
-    add_bank_and_device(train)
-    add_segmenter(train)
+    add_model_options(train)
     train.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    train.add_argument("--start", help="checkpoint to start from; by default new weights for lite, the hub's for sam3")
+    train.add_argument(
+        "--start", help="checkpoint to start from; by default new weights for lite, the published ones for others"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output")
     train.add_argument("--profile", choices=PROFILES, default="lite", help="the settings to begin with")
-    settings = train.add_argument_group("settings", "each replaces one setting of the profile")
-    defaults = {"lite": asdict(TrainSettings()), "sam3": asdict(Sam3Settings())}
-    for field in fields(Sam3Settings):
-        how = {"nargs": "+"} if field.name == "levels" else {"type": type(field.default)}
-        if isinstance(field.default, bool | None):
-            how = {"action": argparse.BooleanOptionalAction}
-        shown = [f"{name}: {'as fits' if values[field.name] is None else values[field.name]}" for name, values in defaults.items() if field.name in values]
-        settings.add_argument(
-            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=", ".join(shown), **how
-        )
+    add_settings(train)
 
     scores = command(commands, run_evaluate, "evaluate", "score masks and how much they move with wording")
     add_data_options(scores, split="test")
-    add_bank_and_device(scores)
-    add_segmenter(scores)
+    add_model_options(scores)
     scores.add_argument("--checkpoint", help="fixed or group (bundled, for lite), a folder, or a hub name")
     scores.add_argument("--levels", nargs="+", default=LEVELS, help="quality levels to ask in")
     scores.add_argument("--phrasings", choices=("heldout", "train"), default="heldout", help="unseen or seen ones")
@@ -126,60 +117,13 @@ def command(commands, run, name, text):
     return parser
 
 
-def add_data_options(parser, split):
-    parser.add_argument("--dataset", default="synthetic", help="a dataset by name; `pgseg data list` shows them")
-    parser.add_argument("--root", help="its folder; by default it is looked for under $PGSEG_DATA")
-    parser.add_argument("--split", default=split, help="which split of the dataset")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the split's samples to use")
-    parser.add_argument("--data-seed", type=int, default=0, help="decides which samples that share consists of")
-    parser.add_argument("--tile", type=int, default=256, help="side of a tile in pixels; 0 for whole images")
-    parser.add_argument("--size", type=int, help="number of tiles (synthetic only)")
-    parser.add_argument("--shift", help="a domain shift by name (synthetic only)")
-    parser.add_argument("--annotations", help="the JSON file, where the root holds several (coco only)")
-    parser.add_argument("--hub", action="store_true", default=None, help="the copy on the hub (pannuke only)")
-
-
-def add_bank_and_device(parser):
-    parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
-
-
-def add_segmenter(parser):
-    parser.add_argument("--segmenter", choices=("lite", "sam3"), default="lite", help="which model")
-    parser.add_argument("--truncate", action="store_true", help="cut phrasings that are too long for it (sam3 only)")
-
-
-def read_segmenter(args, checkpoint):
-    from .models import load_segmenter
-
-    options = {"truncate": True} if args.truncate else {}
-    return load_segmenter(args.segmenter, checkpoint, args.device, **options)
-
-
-def read_data(args):
-    from .data import load_dataset
-
-    names = ("size", "shift", "annotations", "hub")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    tile = args.tile or None
-    data = load_dataset(args.dataset, args.root, args.split, args.fraction, args.data_seed, tile, **options)
-    print(f"{data.name} {data.split}: {len(data)} samples, digest {data.digest}")
-    return data
-
-
 def run_train(args):
     from .training import train
 
-    profile = {"lite": PROFILES, "sam3": SAM3_PROFILES}[args.segmenter][args.profile]
-    given = {field.name: getattr(args, field.name) for field in fields(Sam3Settings) if hasattr(args, field.name)}
-    if unknown := [name for name in given if name not in asdict(profile)]:
-        raise SettingsError(f"{unknown[0]} is a setting of sam3; add --segmenter sam3, or leave it out")
-    if "levels" in given:
-        given["levels"] = tuple(given["levels"])
-    settings, bank = replace(profile, **given), PromptBank.load(args.bank)
+    settings, bank = read_settings(args), PromptBank.load(args.bank)
     model = read_segmenter(args, args.start) if args.start or args.segmenter != "lite" else None
     result = train(read_data(args), bank, args.output, settings, model=model, resume=args.resume, device=args.device)
-    print(f"trained {settings.steps} steps in {result.wall_s:.0f} s ({result.cpu_s:.0f} CPU s): {result.folder}")
+    say(f"trained {settings.steps} steps in {result.wall_s:.0f} s ({result.cpu_s:.0f} CPU s): {result.folder}")
 
 
 def run_evaluate(args):

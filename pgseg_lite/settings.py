@@ -109,4 +109,22 @@ SAM3_PROFILES = {
     "full": Sam3Settings(steps=10_000, accumulation=16, workers=4, save_every=1000),
 }
 
+BASELINE_PROFILES = PROFILES
+
+TRAINING = {  # what can be trained -> its settings by profile
+    "lite": PROFILES,
+    "sam3": SAM3_PROFILES,
+    "clipseg": BASELINE_PROFILES,
+    "grounded-sam2": BASELINE_PROFILES,
+}
+# Every name of models.SEGMENTERS, which is not light to import; the last four are evaluated as they are published.
+SEGMENTER_NAMES = (*TRAINING, "sam2", "medsam", "seg-zero", "vision-reasoner")
+
+
+def training_profiles(segmenter):
+    if segmenter not in TRAINING:
+        raise SettingsError(f"{segmenter} is not trained here, only evaluated; train one of {', '.join(TRAINING)}")
+    return TRAINING[segmenter]
+
+
 PER_LEVEL = {"smoke": 2, "lite": 10, "full": 0}  # phrasings to evaluate a target and level; 0 for all of them

@@ -202,6 +202,11 @@ def test_padding_changes_nothing(load, image):
 def test_phrasings_that_are_too_long_are_refused_or_cut_with_a_warning(load, image):
     with pytest.raises(ModelError, match=r"32 tokens, too few for 1 of 2 phrasings: .* loses 'every cells'; shorten"):
         load().predict(image, ["nuclei", LONG])
+    for wrong in ({"truncate": "yes"}, {"tile": True}):
+        with pytest.raises(
+            ModelError, match=r"sam3: (truncate is 'yes'; give true or false|tile is True; give a number)"
+        ):
+            load(**wrong)
     model = load(truncate=True)
     with pytest.warns(UserWarning, match="loses 'every cells'"):
         cut = model.predict(image, [LONG])
@@ -629,6 +634,6 @@ def test_bad_settings(load, make, message):
 
 def test_command_line_refuses_what_belongs_to_the_other_segmenter(capsys, tmp_path):
     assert main(["train", "--size", "2", "--output", str(tmp_path / "run"), "--trainable", "lora"]) == 2
-    assert "trainable is a setting of sam3; add --segmenter sam3" in capsys.readouterr().err
-    assert main(["evaluate", "--size", "2", "--truncate"]) == 2
+    assert "trainable is a setting of sam3" in capsys.readouterr().err
+    assert main(["evaluate", "--size", "2", "--option", "truncate=true"]) == 2
     assert "lite has no option 'truncate'" in capsys.readouterr().err

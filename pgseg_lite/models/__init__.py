@@ -34,10 +34,15 @@ def load_segmenter(name="lite", checkpoint=None, device=None, **options):
         raise ModelError(f"device {device!r} cannot be used here; choose cpu, or cuda where there is a GPU") from error
     file, kind = SEGMENTERS[name].split(".")
     segmenter = getattr(import_module(f".{file}", __name__), kind)
-    known = inspect.getfullargspec(segmenter).kwonlyargs
+    has = inspect.getfullargspec(segmenter)
+    known, defaults = has.kwonlyargs, has.kwonlydefaults or {}
     if unknown := [option for option in options if option not in known]:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ModelError(f"{name} has no option {unknown[0]!r}; {has}, so leave it out")
+        there = f"it has {', '.join(known)}" if known else "it has none"
+        raise ModelError(f"{name} has no option {unknown[0]!r}; {there}, so leave it out")
+    for option, value in options.items():
+        if isinstance(defaults[option], bool) != isinstance(value, bool):
+            wanted = "true or false" if isinstance(defaults[option], bool) else "a number or a word"
+            raise ModelError(f"{name}: {option} is {value!r}; give {wanted}")
     if name == "lite":
         checkpoint = "group" if checkpoint is None else checkpoint
         checkpoint = CHECKPOINTS / f"lite-{checkpoint}" if checkpoint in BUNDLED else checkpoint

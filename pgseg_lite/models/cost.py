@@ -5,7 +5,6 @@ encoder, decoder and mask decoder. Text is embedded once before the first step a
 """
 
 from collections import namedtuple
-from dataclasses import replace
 from functools import cache
 
 import torch

@@ -77,7 +77,7 @@ class TextTower:
         if not self.truncate:
             more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
             some = "; ".join(listed[:3]) + more
-            raise ModelError(f"{said}: {some}; shorten them, or cut them with truncate=True (--truncate)")
+            raise ModelError(f"{said}: {some}; shorten them, or cut them with truncate=True (--option truncate=true)")
         if not lost.keys() <= self._warned:
             warnings.warn(f"{said}, and they are cut:\n" + "\n".join(listed), stacklevel=3)
             self._warned |= lost.keys()
