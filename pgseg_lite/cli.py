@@ -33,9 +33,8 @@ def build_parser():
     add_data_options(train, split="train")
     add_model_options(train)
     train.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    train.add_argument(
-        "--start", help="checkpoint to start from; by default new weights for lite, the published ones for others"
-    )
+    # Not --start: torchrun has two options that begin so, and refuses a third even behind the module's name.
+    train.add_argument("--start-from", help="checkpoint; by default new weights for lite, the published for others")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output")
     train.add_argument("--profile", choices=PROFILES, default="lite", help="the settings to begin with")
     add_settings(train)
@@ -121,7 +120,7 @@ def run_train(args):
     from .training import train
 
     settings, bank = read_settings(args), PromptBank.load(args.bank)
-    model = read_segmenter(args, args.start) if args.start or args.segmenter != "lite" else None
+    model = read_segmenter(args, args.start_from) if args.start_from or args.segmenter != "lite" else None
     result = train(read_data(args), bank, args.output, settings, model=model, resume=args.resume, device=args.device)
     say(f"trained {settings.steps} steps in {result.wall_s:.0f} s ({result.cpu_s:.0f} CPU s): {result.folder}")
 

@@ -219,7 +219,7 @@ def training_arguments(output, settings, device=None):
         remove_unused_columns=False, label_names=["masks"], report_to="none", disable_tqdm=True,
         logging_steps=min(10, settings.steps), logging_nan_inf_filter=False,
         save_steps=settings.save_every, save_total_limit=2,
-        ddp_backend="gloo" if use_cpu and "WORLD_SIZE" in os.environ else None,
+        ddp_find_unused_parameters=False, ddp_backend="gloo" if use_cpu and "WORLD_SIZE" in os.environ else None,
     )  # fmt: skip
 
 

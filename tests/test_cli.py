@@ -158,7 +158,7 @@ def test_data_commands(capsys, tmp_path):
         ("train --output {tmp}/run --size 4 --steps 0", "steps is 0; it must be at least 1"),
         ("train --output {tmp}/run --size 4 --steps few", "argument --steps: invalid int value: 'few'"),
         ("train --output {tmp}/run --size 4 --levels lowest", "lowest"),
-        ("train --output {tmp}/run --size 4 --start {tmp}/absent", "no such checkpoint folder"),
+        ("train --output {tmp}/run --size 4 --start-from {tmp}/absent", "no such checkpoint folder"),
         ("train --output {tmp}/run --size 4 --resume", "there is no run to resume here; start one without resume"),
         ("evaluate --size 2 --checkpoint {tmp}/absent", "no such checkpoint folder"),
         ("evaluate --size 2 --records {tmp}/no/r.csv", "no such folder for the records; create it first"),

@@ -433,7 +433,7 @@ def test_evaluation_gives_records_and_does_not_spoil_training_after_it(load, dat
 
 def test_kill_9_and_resume_from_the_command_line_gives_the_uninterrupted_run(folder, bank_file, tmp_path, capsys):
     run = [
-        "train", "--segmenter", "sam3", "--start", folder, "--trainable", "lora", "--lora-rank", "2", "--size", "3",
+        "train", "--segmenter", "sam3", "--start-from", folder, "--trainable", "lora", "--lora-rank", "2", "--size", "3",
         "--device", "cpu", "--profile", "smoke", "--steps", "6", "--save-every", "2", "--k", "2", "--view", "64",
         "--precision", "fp32", "--bank", bank_file, "--no-checkpointing", "--no-serial",
     ]  # fmt: skip

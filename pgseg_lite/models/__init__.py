@@ -1,6 +1,7 @@
 """Text-prompted segmenters: one small protocol, one loader."""
 
 import inspect
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def load_segmenter(name="lite", checkpoint=None, device=None, **options):
     if name not in SEGMENTERS:
         raise ModelError(f"segmenter {name!r} is unknown; this version has: {', '.join(SEGMENTERS)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes each has its own GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:

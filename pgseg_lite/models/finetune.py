@@ -1,5 +1,6 @@
 """Which parts of SAM3 are trained, how fast each of them learns, and whether that fits the GPU."""
 
+import os
 import re
 from dataclasses import replace
 
@@ -137,7 +138,8 @@ def memory_needed(sam, settings, phrasings):
         parts = ("",) if settings.trainable == "full" else DECODERS
         trained = sum(parameter.numel() for name, parameter in sam.named_parameters() if name.startswith(parts))
     half = settings.precision != "fp32"
-    states = (4 + 2 * half) * total + 12 * trained  # autocast keeps half copies of the weights
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # then gradients are also kept in the form they travel in
+    states = (4 + 2 * half) * total + (12 + 4 * several) * trained  # autocast keeps half copies of the weights
     kept = PHRASING * (1 if settings.serial else phrasings * settings.batch_size)
     if settings.trainable != "decoder":
         kept += settings.batch_size * (ENCODER_CHECKPOINTED if settings.checkpointing else ENCODER)
