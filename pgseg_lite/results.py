@@ -20,6 +20,7 @@ from .errors import ResultError
 
 MEASURED = ("profile", "datasets", "seeds", "settings", "wall_s")  # what only the caller knows
 FIELDS = (*MEASURED, "code", "packages", "hardware", "date")
+EXACT = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # reading CSV; pandas 3 always is
 LIMIT = 1_000_000  # bytes of a file
 PATH = re.compile(r"""["'\s=:,](/|~/|\.\./|[A-Za-z]:\\+)\w[^"]*""")  # neither "T1 / T2" nor https://
 
@@ -77,8 +78,7 @@ def load_result(name, root=None):
     if sha256(table).hexdigest() != stamp["sha256"]:
         raise ResultError(f"{path} is not the table that its stamp was made for; measure it again")
     texts = dict.fromkeys(stamp["text_columns"], str)  # so that image "007" and a category "None" stay text
-    exact = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # pandas 3 always is
-    frame = pd.read_csv(io.BytesIO(table), dtype=texts, keep_default_na=False, na_values=[""], **exact)
+    frame = pd.read_csv(io.BytesIO(table), dtype=texts, keep_default_na=False, na_values=[""], **EXACT)
     frame.attrs["stamp"] = stamp
     return frame
 

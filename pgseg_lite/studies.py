@@ -39,6 +39,7 @@ def run_study(name, profile="lite", folder="_build/experiments", report=print):
     import pandas as pd
 
     from .keys import code_digest, hash_of
+    from .results import EXACT
     from .runner import write_text
 
     study, folder = find(name), Path(folder).resolve() / name
@@ -67,7 +68,7 @@ def run_study(name, profile="lite", folder="_build/experiments", report=print):
     if failures:
         raise TrainingError(f"{name}: {len(failures)} of {len(grid)} cells failed; the first is {failures[0]}")
     kept = {key: json.loads((folder / f"{key}.json").read_text()) for key in grid}
-    read = dict(keep_default_na=False, na_values=[""], float_precision="round_trip")
+    read = dict(keep_default_na=False, na_values=[""], **EXACT)
     parts = [pd.read_csv(folder / f"{key}.csv", **read).assign(cell=label, seed=seed)
              for key, (label, _, seed) in grid.items()]  # fmt: skip
     table = pd.concat(parts, ignore_index=True)
