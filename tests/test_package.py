@@ -91,6 +91,8 @@ def test_module_can_be_read_in_an_evening(repo):
         "visual",
         "reasoning",
         "regression",
+        "studies",
+        "evolve",
         "clipseg",
         "grounding_dino",
         "grounded_sam2",
