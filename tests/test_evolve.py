@@ -62,7 +62,7 @@ def lay_out(root, count=6, lungs=("leftMask", "rightMask")):
             Image.fromarray(film.masks[name]).resize((70, 50)).save(root / f"ManualMask/{lung}/MCUCXR_{k:04}_0.png")
 
 
-def test_open_films_are_read_in_their_official_layout(tmp_path, monkeypatch):
+def test_open_films_are_read_in_their_official_layout(tmp_path, monkeypatch, model):
     lay_out(tmp_path / "MontgomerySet")
     monkeypatch.setenv("PGSEG_DATA", str(tmp_path))
     parts = [load_films(split, 0, "full") for split in ("train", "val", "test")]
@@ -71,6 +71,9 @@ def test_open_films_are_read_in_their_official_layout(tmp_path, monkeypatch):
     film = parts[0].films[0]
     assert film.image.shape == (1024, 1024) and film.masks[TASK].shape == (256, 256)
     assert centroid(film.masks[TASK])[0] > centroid(film.masks["right lung"])[0]
+    scene = points.encode(model, parts[2])  # masks of another size than the film, and the film than the model's frame
+    path = points.climb(model, Regressor(), scene, points.middles(scene), 1)
+    assert scene.side == 256 and path.masks.shape[1:] == (len(parts[2]), 256, 256)
 
 
 def test_films_that_are_missing_or_wrong_get_a_sentence(tmp_path, monkeypatch):

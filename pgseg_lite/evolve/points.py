@@ -10,7 +10,7 @@ from ..metrics import group_agreement, pack
 from .chest import TASK
 from .regressor import LEVEL_SETS, centroid, fit, level_sets, six_points, true_dice
 
-AT_ONCE = 64  # films whose points move together: each needs its own graph through the mask decoder
+PIXELS = 2**18  # of the masks whose points move together: each film needs its own graph through the mask decoder
 STEP = 10 / 1024  # of the side: ten pixels of SAM's frame, the reading of the paper's "step size 10" taken here
 SLOPE = 10.0  # of the sigmoid that makes a mask nearly binary and still has a gradient
 # What the safeguard asks, and the least that it accepts.
@@ -72,9 +72,10 @@ def climb(model, regressor, scene, start, steps, *, step=STEP, slope=SLOPE, by="
         raise SettingsError(f"a start lies outside of its film; give x, y from 0 to {scene.side - 1} for each film")
     for part in (model, regressor):
         part.requires_grad_(False)  # only the points move
+    films = max(1, PIXELS // scene.side**2)
     parts = [
         climb_together(model, regressor, *some, steps, step * scene.side, slope, by)
-        for some in zip(scene.images.split(AT_ONCE), scene.embeddings.split(AT_ONCE), start.split(AT_ONCE), strict=True)
+        for some in zip(*(kind.split(films) for kind in (scene.images, scene.embeddings, start)), strict=True)
     ]
     return Climb(*(np.concatenate(kind, axis=1) for kind in zip(*parts, strict=True)))
 
@@ -103,11 +104,13 @@ def search(model, regressor, scene, start, steps, rng, slope=SLOPE):
         spots = np.argwhere(mask if mask.any() else ~mask)
         points[1:, film] = spots[rng.integers(len(spots), size=steps)][:, ::-1]
     logits, confidence = ask(model, scene, points.transpose(1, 0, 2))  # [B, T, s, s], [B, T]
-    images = scene.images.cpu()
+    device = scene.images.device
     with torch.no_grad():
-        scores = [score_of(regressor, image.expand(len(own), -1, -1, -1), torch.from_numpy(own), slope).numpy()
-                  for image, own in zip(images, logits, strict=True)]  # fmt: skip
-    return Climb(points, np.stack(scores, 1), confidence.T, (logits > 0).transpose(1, 0, 2, 3))
+        scores = [
+            score_of(regressor, image.expand(len(own), -1, -1, -1), torch.from_numpy(own).to(device), slope)
+            for image, own in zip(scene.images, logits, strict=True)
+        ]
+    return Climb(points, torch.stack(scores, 1).cpu().numpy(), confidence.T, (logits > 0).transpose(1, 0, 2, 3))
 
 
 @torch.no_grad()
@@ -184,8 +187,8 @@ def fit_on(model, scenes, epochs, seed, own=True, quiet=True):
     sets = []
     for n, scene in enumerate(scenes):
         films, _, masks, fits, _ = candidates(model, scene, 2 * seed + n, own)
-        films, masks, fits = map(torch.from_numpy, (films, masks, fits))
-        sets.append((scene.images.cpu()[films], masks, fits.float()))
+        films, masks, fits = (torch.from_numpy(kind).to(scene.images.device) for kind in (films, masks, fits))
+        sets.append((scene.images[films], masks, fits.float()))
     return fit(*sets[0], sets[1], epochs, seed, quiet)
 
 

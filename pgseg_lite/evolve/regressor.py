@@ -82,11 +82,11 @@ def fit(images, masks, targets, validation, epochs, seed=0, quiet=True):
     if epochs < 1:
         raise SettingsError(f"epochs is {epochs}; it must be at least 1")
     torch.manual_seed(seed)
-    model, least, best = Regressor(images.shape[1]), float("inf"), None
+    model, least, best = Regressor(images.shape[1]).to(images.device), float("inf"), None
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in tqdm(range(epochs), desc="training the regressor", unit="epoch", disable=quiet):
         model.train()
-        order = torch.randperm(len(images))
+        order = torch.randperm(len(images)).to(images.device)
         for part in order.split(32):
             if len(part) < 2:  # batch normalisation needs company
                 continue
