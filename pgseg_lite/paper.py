@@ -54,6 +54,14 @@ def imprecise_visual_prompts(hole=False):
     return frame
 
 
+def evolved_prompt():
+    """What SAMPOT prints of its films, its score and its evolved points (arXiv 2310.17128): a row a figure."""
+    source = _source()["evolved_prompt"]
+    frame = pd.DataFrame(source["rows"], columns=["figure", "value", "where"])
+    frame.attrs.update(title=source["title"], source=source["source"])
+    return frame
+
+
 def claims():
     """Every arithmetic claim, part by part: what is claimed, what the tables give, and whether it holds.
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from .errors import SettingsError, TrainingError
 from .experiments import SEEDS
 
-STUDIES = {"imprecise": "visual.study"}  # name -> the module that holds its STUDY
+STUDIES = {  # name -> the module that holds its STUDY
+    "imprecise": "visual.study",
+    "evolve": "evolve.study",
+}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def test_module_can_be_read_in_an_evening(repo):
         "studies",
         "reasoning",
         "regression",
+        "studies",
+        "evolve",
         "clipseg",
         "grounding_dino",
         "grounded_sam2",
