@@ -92,7 +92,6 @@ def test_module_can_be_read_in_an_evening(repo):
         "studies",
         "reasoning",
         "regression",
-        "studies",
         "evolve",
         "clipseg",
         "grounding_dino",
