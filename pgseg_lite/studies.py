@@ -12,7 +12,9 @@ from pathlib import Path
 from .errors import SettingsError, TrainingError
 from .experiments import SEEDS
 
-STUDIES = {}  # name -> the module that holds its STUDY
+STUDIES = {  # name -> the module that holds its STUDY
+    "preferences": "preferences.study",
+}
 
 
 @dataclass(frozen=True)
