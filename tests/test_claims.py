@@ -81,8 +81,9 @@ def test_tolerances_are_no_wider_than_the_figures_deserve(listed):
 
 def test_every_table_belongs_to_an_experiment_or_a_measurement(repo):
     from pgseg_lite.experiments import EXPERIMENTS
+    from pgseg_lite.studies import STUDIES
 
-    known = {*EXPERIMENTS, *(f"{name}_phrasings" for name, e in EXPERIMENTS.items() if e.detail)}
+    known = {*EXPERIMENTS, *STUDIES, *(f"{name}_phrasings" for name, e in EXPERIMENTS.items() if e.detail)}
     known |= {"consep_lite", "consep_blind", "sam3_cost", "sam3_steps"}
     assert {path.stem for path in (repo / "results").glob("*.csv")} == known
 
