@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from tiny_text import save_bert_tokenizer, save_clip_tokenizer
 
 import pgseg_lite as pg
 from pgseg_lite import paper, studies
-from pgseg_lite.errors import ModelError, SettingsError
+from pgseg_lite.errors import ModelError, ResultError, SettingsError
 from pgseg_lite.models.lite import LiteConfig, LiteSegmenter
-from pgseg_lite.preferences import candidates, group, sources, stages, study
+from pgseg_lite.preferences import candidates, group, outcome, sources, stages, study
 from pgseg_lite.preferences.loss import PreferenceLoss, coefficients, log_likelihood, ratings
 from pgseg_lite.preferences.stages import Asked, Preferences, StageSettings
 
@@ -400,6 +401,20 @@ def test_study_measures_its_cells_at_smoke_and_repeats_none(tmp_path, monkeypatc
     assert said[-1] == "preferences: 6 cells, 6 of them measured before"
     for name in set(study.CELLS) - set(chosen):  # what is not run here is at least well formed
         assert study.CELLS[name].get("second") is None or study.lesson_of(study.CELLS[name])
+
+
+def test_cells_are_compared_in_pairs_and_an_unknown_one_is_refused():
+    rows = [
+        dict(cell=cell, seed=seed, image=f"i{image}", target=target, dice_50=0.5 + 0.01 * image + gain)
+        for cell, gain in (("a", 0.0), ("b", 0.1))
+        for seed, image, target in itertools.product(range(3), range(8), ("all", "dead"))
+    ]
+    table = pd.DataFrame(rows)
+    found = outcome.compared(table, [("b", "a")]).set_index("task")
+    assert found["difference"].round(6).tolist() == [10, 10] and (found["verdict"] == "better").all()
+    assert outcome.scores(table).loc[("a", 0), "T1"] == pytest.approx(53.5)
+    with pytest.raises(ResultError, match="no cell 'c' here; choose one of a, b"):
+        outcome.compared(table, [("c", "a")])
 
 
 def test_the_paper_s_figures_are_data():
