@@ -21,6 +21,7 @@ from ..models.lite import read_weights, to_pixel_values
 CLIP, BIOMED_CLIP = "openai/clip-vit-base-patch32", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 VQA = "Salesforce/blip-vqa-base"
 OPEN_CLIP = "open_clip_config.json"
+CHANNELS = 32  # of the tokens, tried one by one as masks
 HEAD = 64  # entries of an attention head, in both towers of BiomedCLIP
 LIKE_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 QUESTIONS = ("What shape are the cell nuclei?", "How many cell nuclei are there?", "Where are the cell nuclei?")
@@ -138,9 +139,9 @@ class ClipSaliency:
     saliency(image, text) -> [H, W] in 0..1
     """
 
-    def __init__(self, towers, tokenizer, preprocessing=LIKE_CLIP, channels=32):
+    def __init__(self, towers, tokenizer, preprocessing=LIKE_CLIP):
         self.towers, self.tokenizer = towers.eval().requires_grad_(False), tokenizer
-        self.preprocessing, self.channels = preprocessing, channels
+        self.preprocessing = preprocessing
 
     def __call__(self, image, text):
         pixels = to_pixel_values(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
@@ -154,7 +155,7 @@ class ClipSaliency:
 
         tokens = self.towers.tokens(small).requires_grad_()
         (slope,) = torch.autograd.grad(score(tokens).sum(), tokens)
-        best = slope[0, 1:].mean(0).topk(min(self.channels, tokens.shape[-1])).indices
+        best = slope[0, 1:].mean(0).topk(min(CHANNELS, tokens.shape[-1])).indices
         grid = round((tokens.shape[1] - 1) ** 0.5)
         maps = tokens[0, 1:, best].detach().T.reshape(-1, 1, grid, grid)  # [C, 1, g, g]
         maps = maps - maps.amin((-2, -1), keepdim=True)
@@ -168,7 +169,7 @@ class ClipSaliency:
         return (saliency / saliency.max().clamp_min(1e-6)).numpy()
 
     @classmethod
-    def from_pretrained(cls, checkpoint=CLIP, **options):
+    def from_pretrained(cls, checkpoint=CLIP):
         """A CLIP of transformers, or a folder with BiomedCLIP's tensors, its tokenizer and open_clip_config.json."""
         clip, clip_words, bert_words = of_transformers("CLIPModel", "CLIPTokenizerFast", "BertTokenizerFast")
         folder = Path(checkpoint)
@@ -179,11 +180,11 @@ class ClipSaliency:
             tokenizer = load_tokenizer(bert_words, folder, words, "BiomedCLIP")
             seen = config.get("preprocess_cfg", {})
             seen = {f"image_{name}": seen[name] for name in ("mean", "std") if name in seen}
-            return cls(towers, tokenizer, LIKE_CLIP | seen, **options)
+            return cls(towers, tokenizer, LIKE_CLIP | seen)
         folder = fetch(checkpoint, ("clip",))
         model = load_model(clip, folder)
         tokenizer = load_tokenizer(clip_words, folder, model.config.text_config.vocab_size, "CLIP")
-        return cls(ClipTowers(model), tokenizer, **options)
+        return cls(ClipTowers(model), tokenizer)
 
 
 class VqaAnswers:
