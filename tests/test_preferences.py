@@ -96,6 +96,14 @@ def test_ranking_and_rating_differ_where_all_are_good_or_all_are_bad():
     assert coefficients(torch.linspace(1, 0, 8)[None]).tolist() == [[0.5, 0.5, 0.25, 0.25, -0.25, -0.25, -0.5, -0.5]]
 
 
+def test_candidates_may_be_those_of_the_model_as_it_changes(maps):
+    policy, reference, _, _ = maps
+    asked = asked_of(reference[:, None])
+    asked.logits = policy[:, None].requires_grad_()
+    totals = [Preferences(own=own)(asked).item() for own in (False, True)]
+    assert totals[0] != totals[1]
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
