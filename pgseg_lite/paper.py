@@ -62,6 +62,14 @@ def evolved_prompt():
     return frame
 
 
+def preference_optimisation():
+    """Dice of a semi-supervised SAM with preferences, as published (arXiv 2503.04639), in percent: a row a figure."""
+    source = _source()["preference_optimisation"]
+    frame = pd.DataFrame(source["rows"], columns=["table", "data", "setting", "dice"])
+    frame.attrs.update(title=source["title"], source=source["source"])
+    return frame
+
+
 def claims():
     """Every arithmetic claim, part by part: what is claimed, what the tables give, and whether it holds.
 

@@ -15,6 +15,7 @@ from .experiments import SEEDS
 STUDIES = {  # name -> the module that holds its STUDY
     "imprecise": "visual.study",
     "evolve": "evolve.study",
+    "preferences": "preferences.study",
 }
 
 

@@ -96,6 +96,7 @@ def test_module_can_be_read_in_an_evening(repo):
         "clipseg",
         "grounding_dino",
         "grounded_sam2",
+        "preferences",
     }
     lines = {
         path: sum(map(bool, map(str.strip, path.read_text().splitlines())))
