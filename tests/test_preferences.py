@@ -395,6 +395,7 @@ def test_study_measures_its_cells_at_smoke_and_repeats_none(tmp_path, monkeypatc
         "10 % + preferences",
         "rating",
         "rated by the group",
+        "rated by a regressor",
         "preferences in the group",
         "with answers and box",
     ]
@@ -406,9 +407,10 @@ def test_study_measures_its_cells_at_smoke_and_repeats_none(tmp_path, monkeypatc
     assert ((scores >= 0) & (scores <= 1)).all(axis=None)
     assert len(list((tmp_path / "preferences").glob("first-*"))) == 2, "cells share the first stage"
     studies.run_study("preferences", "smoke", tmp_path, said.append)
-    assert said[-1] == "preferences: 6 cells, 6 of them measured before"
+    assert said[-1] == "preferences: 7 cells, 7 of them measured before"
     for name in set(study.CELLS) - set(chosen):  # what is not run here is at least well formed
-        assert study.CELLS[name].get("second") is None or study.lesson_of(study.CELLS[name])
+        cell = study.CELLS[name]
+        assert cell.get("second") is None or study.lesson_of(cell, None, None, None, study.SECOND["smoke"], "smoke")
 
 
 def test_cells_are_compared_in_pairs_and_an_unknown_one_is_refused():

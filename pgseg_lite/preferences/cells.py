@@ -18,6 +18,7 @@ CELLS = {
     "best against worst": dict(second="preferences", loss=dict(beta2=0.0)),
     "eight thresholds": dict(second="preferences", thresholds=EIGHT),
     "rated by the group": dict(second="preferences", score="group", k=4),
+    "rated by a regressor": dict(second="preferences", score="regressor"),
     "preferences in the group": dict(second="group preferences", k=4),
     "consistency on the rest": dict(second="consistency", k=4),
     "group training": dict(first="group", k=4),

@@ -14,11 +14,13 @@ from ..losses import GroupLoss
 from ..metrics import dice, group_agreement, pack
 from ..models import load_segmenter
 from ..prompts import LEVELS, PromptBank
+from ..settings import TrainSettings
 from ..studies import Study
 from . import stages
 from .cells import CELLS
 from .group import GroupPreferences, with_group
 from .loss import PreferenceLoss
+from .rater import with_regressors
 from .sources import Fused
 from .stages import Consistency, OwnMasks, Preferences, StageSettings, Supervised
 
@@ -34,18 +36,23 @@ SECOND = {
     "lite": StageSettings(steps=45, view=64),
     "full": StageSettings(steps=3000, batch_size=16, view=256),
 }
+RATER = {"smoke": dict(views=10, epochs=1), "lite": dict(views=60, epochs=10), "full": dict(views=2000, epochs=30)}
 PER_LEVEL = {"smoke": 1, "lite": 2, "full": 10}  # unseen phrasings a target and level
 TILES = {"smoke": 1, "lite": 2, "full": 64}  # of 128 px, tested of each test image
 SEEN = 12  # labelled tiles on which a cut is chosen
 
 
-def lesson_of(cell):
+def lesson_of(cell, model, labelled, bank, settings, profile):
     """The lesson of the second stage, and whether it is held on the labelled images or on the rest."""
     kind = cell["second"]
     if kind == "preferences":
-        score = {"score": with_group} if cell.get("score") == "group" else {}
         changed = {name: cell[name] for name in ("thresholds", "flipped") if name in cell}
-        return Preferences(PreferenceLoss(**cell.get("loss", {})), **changed, **score), "rest"
+        if cell.get("score") == "group":
+            changed["score"] = with_group
+        if cell.get("score") == "regressor":
+            views = TrainSettings(view=settings.view, k=settings.k, seed=settings.seed)
+            changed["score"] = with_regressors(model, labelled, bank, views, **RATER[profile])
+        return Preferences(PreferenceLoss(**cell.get("loss", {})), **changed), "rest"
     if kind == "group preferences":
         return GroupPreferences(PreferenceLoss()), "rest"
     if kind == "consistency":
@@ -76,8 +83,8 @@ def measure(cell, seed, profile, folder):
     prompts = Fused(**cell["prompts"]) if cell.get("prompts") else None
     model = trained_first(cell, labelled, bank, prompts, seed, profile, folder)
     if cell.get("second"):
-        lesson, where = lesson_of(cell)
         settings = replace(SECOND[profile], seed=seed, k=1 if cell.get("first") else cell.get("k", 1))
+        lesson, where = lesson_of(cell, model, labelled, bank, settings, profile)
         stages.second_stage(model, labelled if where == "labelled" else rest, bank, settings, lesson, prompts)
     labelled.ids = tuple(labelled.ids[i] for i in evenly(len(labelled), SEEN))
     seen = judged(model, labelled, bank, "train", PER_LEVEL[profile], prompts)
@@ -132,7 +139,8 @@ def judged(model, data, bank, split, per_level, prompts=None):
 
 
 CODE = (*TRAINS, *code_of("lite"), "metrics",
-        *(f"preferences/{name}" for name in ("loss", "candidates", "group", "stages", "sources", "study")))  # fmt: skip
+        *(f"preferences/{name}" for name in ("loss", "candidates", "group", "rater", "stages", "sources", "study")),
+        "evolve/regressor")  # fmt: skip
 STUDY = Study(
     about="few labels, then preferences among candidate masks, on CoNSeP",
     measure=measure,

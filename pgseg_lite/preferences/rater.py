@@ -1,0 +1,67 @@
+"""SAMPOT's regressor in the annotator's place: the Dice of a mask, guessed by what the labelled images teach.
+
+One for each target, since it is told image and mask and not what was asked for. It learns on views as the second stage
+has them, from level sets of the true mask and from the model's own candidates; every fifth view validates.
+"""
+
+import numpy as np
+import torch
+
+from ..evolve.regressor import LEVEL_SETS, fit, level_sets, true_dice
+from ..evolve.regressor import score as guess
+from ..training import Collator, GroupDataset
+from .candidates import by_threshold
+
+
+def with_regressors(model, labelled, bank, settings, views, epochs):
+    """A scorer like `candidates.with_truth`, but for the masks of a view that nobody has labelled.
+
+    settings: TrainSettings of the views. A target that no labelled view shows is left without preference.
+    """
+    found = [fit_one(*rows, epochs, settings.seed) for rows in examples(model, labelled, bank, settings, views)]
+
+    def score(asked, candidates):
+        targets, k = len(found), asked.reference.shape[1]
+        images, masks = in_unit_range(asked.images), candidates.unflatten(0, (len(asked.images), targets, k))
+        scores = torch.zeros(masks.shape[:4])  # [B, G, K, C]
+        for g, regressor in enumerate(found):
+            if regressor is None:
+                continue
+            own = masks[:, g].flatten(0, 2)  # [B * K * C, H, W]
+            shown = images.repeat_interleave(len(own) // len(images), 0)
+            scores[:, g] = guess(regressor, shown, own).reshape(scores[:, g].shape)
+        return scores.flatten(0, 2)
+
+    return score
+
+
+@torch.no_grad()
+def examples(model, labelled, bank, settings, views):
+    """For each target: images [M, 3, H, W], masks bool [M, H, W], their Dice [M], and the view [M] of each."""
+    dataset, rng = GroupDataset(labelled, bank, settings, views), np.random.default_rng([settings.seed, 3])
+    collate, rows = Collator(model.encode_text(dataset.texts)), [[] for _ in labelled.targets]
+    for index in range(views):
+        item = dataset[index]
+        batch = collate([item])
+        logits = model(batch["pixel_values"], batch["text_features"]).mask_logits[0]  # [G * K, H, W]
+        answers = by_threshold(logits).unflatten(0, (len(rows), -1)).flatten(1, 2).numpy()  # [G, K * C, H, W]
+        for own, truth, answered in zip(rows, item["masks"], answers, strict=True):
+            if not truth.any() or truth.all():  # nothing to rank
+                continue
+            masks = np.concatenate([level_sets(truth, LEVEL_SETS, rng), answered])
+            fits = torch.from_numpy(true_dice(masks, truth)).float()
+            image = in_unit_range([item["image"]]).expand(len(masks), -1, -1, -1)
+            own.append((image, torch.from_numpy(masks), fits, torch.full((len(masks),), index)))
+    return [[torch.cat(part) for part in zip(*own, strict=True)] if own else [torch.empty(0)] * 4 for own in rows]
+
+
+def fit_one(images, masks, fits, view, epochs, seed):
+    held = view % 5 == 0
+    if not held.any() or held.all():
+        return None
+    return fit(images[~held], masks[~held], fits[~held], (images[held], masks[held], fits[held]), epochs, seed)
+
+
+def in_unit_range(images):
+    """A list of uint8 [H, W, 3] -> [B, 3, H, W] in 0..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
