@@ -43,9 +43,15 @@ def browser():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    for item in items:  # one worker builds the pages and opens them
+    """One worker builds the pages and opens them, and one takes a file, so that no fixture is made twice.
+
+    The chapters are the longest tests by far and have nothing in common, so each of theirs goes by itself.
+    """
+    for item in items:
         if any(item.get_closest_marker(name) for name in ("book", "browser")):
             item.add_marker(pytest.mark.xdist_group("pages"))
+        elif item.path.stem != "test_notebooks":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter):
