@@ -191,6 +191,8 @@ def run_evaluate(args):
 def run_experiment(args):
     if args.name in STUDIES:
         return run_neighbour(args)
+    if args.name not in (known := [*named(), *STUDIES]):
+        raise SettingsError(f"there is no experiment {args.name!r}; choose one of {', '.join(known)}")
     from .results import save_result, stamp
     from .runner import run_experiment
     from .tables import scores

@@ -234,9 +234,7 @@ def named():
 
 def find(name):
     if name not in named():
-        from .studies import STUDIES
-
-        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join([*named(), *STUDIES])}")
+        raise SettingsError(f"there is no experiment {name!r}; choose one of {', '.join(named())}")
     return named()[name]
 
 

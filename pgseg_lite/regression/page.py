@@ -7,7 +7,7 @@ import numpy as np
 
 from ..metrics import dice, majority
 from .checks import FAIL, PASS
-from .report import HEADINGS, SHOWN, interval
+from .summary import HEADINGS, SHOWN, interval
 
 WORST = 4  # groups shown with pictures
 LISTED = 50  # failed items listed

@@ -7,9 +7,8 @@ import xml.etree.ElementTree as ET
 from . import summary
 from .baseline import versions
 from .checks import FAIL, UNDECIDED
-
-SHOWN = ("mean", "sd", "range", "worst", "agreement", "flips", "false_area")  # columns of `dispersion`
-HEADINGS = dict(zip(SHOWN, ("Dice", "spread", "range", "worst", "agreement", "flips", "false area"), strict=True))
+from .page import page
+from .summary import HEADINGS, SHOWN, interval
 
 
 class Report:
@@ -96,13 +95,7 @@ class Report:
         return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
     def html(self):
-        from .page import page
-
         return page(self)
-
-
-def interval(estimate, low, high):
-    return f"{estimate:.3f} ({low:.3f} to {high:.3f})"
 
 
 def rows(found):

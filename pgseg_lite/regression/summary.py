@@ -7,6 +7,8 @@ from scipy import stats
 from ..evaluation import resample, robustness, with_interval
 
 ALL_LEVELS = "any"  # a target's phrasings of all levels as one group
+SHOWN = ("mean", "sd", "range", "worst", "agreement", "flips", "false_area")  # columns of `dispersion`
+HEADINGS = dict(zip(SHOWN, ("Dice", "spread", "range", "worst", "agreement", "flips", "false area"), strict=True))
 
 
 def asked_for(result):
@@ -93,3 +95,7 @@ def simultaneous(wide, resamples=2000, seed=0, level=0.95):
         width = np.quantile(np.nanmax(np.abs(samples - estimate)[:, moved] / error[moved], axis=1), level)
     reach = width * error * stats.t.ppf((1 + level) / 2, count - 1) / stats.norm.ppf((1 + level) / 2)
     return estimate, estimate - reach, estimate + reach
+
+
+def interval(estimate, low, high):
+    return f"{estimate:.3f} ({low:.3f} to {high:.3f})"
