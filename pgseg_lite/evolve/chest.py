@@ -164,8 +164,10 @@ def step(x):
 
 # ---- a folder of open films ----
 
+FILM_SIDE, MASK_SIDE = 1024, 256  # px that SAM takes and gives
 
-def open_films(split, root=None, side=1024, mask_side=256):
+
+def open_films(split, root=None):
     """The Montgomery County set as its publisher packs it, cut 41 : 28 : 53 by a hash of the names.
 
     MontgomerySet/CXR_png/NAME.png             the films, of any size; stretched to a square here
@@ -189,8 +191,8 @@ def open_films(split, root=None, side=1024, mask_side=256):
     place = [*SPLITS].index(split)
     films = []
     for stem in sorted(ranked[edges[place] : edges[place + 1]]):
-        film = square(Image.fromarray(read_image(images[stem])).convert("L"), side)
-        masks = {name: square(read_mask(files[stem]), mask_side) >= 128 for name, files in lungs.items()}
+        film = square(Image.fromarray(read_image(images[stem])).convert("L"), FILM_SIDE)
+        masks = {name: square(read_mask(files[stem]), MASK_SIDE) >= 128 for name, files in lungs.items()}
         if not masks[TASK].any():
             raise DataError(f"{lungs[TASK][stem]}: the mask is empty; every film needs its {TASK}")
         films.append(Film(film, masks, stem))

@@ -8,7 +8,6 @@ The decoder alone is trained, as its authors did.
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from ..settings import BASELINE_PROFILES
@@ -22,9 +21,7 @@ from .access import (
     save_preprocessing,
     saving,
 )  # fmt: skip
-from .base import check_prompts
-from .lite import to_pixel_values
-from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxes
+from .tiles import ImageFeatures, TiledSegmenter, check_tile, tile_boxes
 from .towers import TextTower
 
 HUB_NAME = "CIDAS/clipseg-rd64-refined"
@@ -40,7 +37,7 @@ PREPROCESSING = {
 class ClipText(TextTower):
     """CLIP's text encoder, which reads 77 tokens, start and end included."""
 
-    reader = "CLIPSeg"
+    reader, dimensions = "CLIPSeg", 2
 
     def _embed(self, texts, device):
         """[N, D]: the vector that CLIP would compare with an image's."""
@@ -50,7 +47,7 @@ class ClipText(TextTower):
         return projection(output.pooler_output).float().cpu()
 
 
-class ClipSegSegmenter(nn.Module):
+class ClipSegSegmenter(TiledSegmenter):
     """tile: images larger than this are cut and stitched, since all that CLIP sees is 352 pixels a side.
 
     truncate: cut phrasings of over 77 tokens, with a warning, in place of refusing them.
@@ -81,10 +78,6 @@ class ClipSegSegmenter(nn.Module):
         views = [[[layer[i : i + 1] for layer in activations]] for i in range(len(pixel_values))]
         return self.decode(ImageFeatures(views, tile_boxes(*size), size), text_features)
 
-    def encode_image(self, images):
-        """uint8 images -> their features; a large one tile by tile when `tile` is set."""
-        return encode_tiles(images, self.tile, lambda pixels: self.encode_view(to_pixel_values(pixels.to(self.device))))
-
     @torch.no_grad()  # CLIP is frozen
     def encode_view(self, pixel_values):
         """[B, 3, h, w] in -1..1 -> what the decoder reads: the activations [B, L, D] of some of CLIP's layers."""
@@ -95,29 +88,12 @@ class ClipSegSegmenter(nn.Module):
         hidden = self.clipseg.clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
         return [hidden[layer + 1] for layer in self.clipseg.config.extract_layers]  # the first is the embedding
 
-    def encode_text(self, prompts):
-        """Phrasings -> CLIP's vectors [K, D], embedded once."""
-        return self.text.encode(check_prompts(prompts), self.device)
-
-    def decode(self, image_features, text_features):
-        """Every image with every phrasing. text_features [K, D], or [B, K, D] when images differ."""
-        if text_features.ndim == 2:
-            text_features = text_features.expand(len(image_features.views), -1, -1)
-        return ask_tiles(image_features, text_features, self.ask)
-
     def ask(self, activations, text_features, size):
         """One view with K phrasings: mask logits [K, *size], presence logits [K]."""
         expanded = [layer.expand(len(text_features), -1, -1) for layer in activations]  # no copies
         logits = self.clipseg.decoder(expanded, text_features).logits.float()  # [K, h, w]
         logits = F.interpolate(logits[:, None], size, mode="bilinear")[:, 0]
         return logits, logits.flatten(1).amax(1)
-
-    @torch.inference_mode()
-    def predict(self, image, prompts):
-        """Masks for one image [H, W, 3] or several, for every phrasing."""
-        self.eval()
-        text_features = self.encode_text(prompts)  # first: a phrasing that is too long is refused at once
-        return self.decode(self.encode_image(image), text_features)
 
     def prepare_training(self, settings, texts, phrasings):
         """Freeze all but the decoder, and return the optimiser's parameter groups."""

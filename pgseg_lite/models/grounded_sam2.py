@@ -12,17 +12,14 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import ModelError, SettingsError
 from ..settings import BASELINE_PROFILES
 from .access import OPTIONS_FILE, check_model_type, of_transformers, read_json, saving
-from .base import check_prompts
 from .grounding_dino import Detector
-from .lite import to_pixel_values
 from .sam2 import EMPTY, Sam2Masks, at_half
-from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxes
+from .tiles import ImageFeatures, TiledSegmenter, check_tile, tile_boxes
 
 NAME = "grounded-sam2"
 PARTS = ("detector", "masks")  # the two folders of a checkpoint
@@ -32,7 +29,7 @@ UNUSED = ("iou_prediction_head", "pred_obj_score_head", *(f"output_hypernetworks
 IDLE = tuple(f"{DECODER}{part}." for part in UNUSED)
 
 
-class GroundedSam2Segmenter(nn.Module):
+class GroundedSam2Segmenter(TiledSegmenter):
     """box_threshold: how sure the detector must be of a box: 0.35, as in a demo of Grounded-SAM2's authors (0.4 in the
     one with transformers). Their second threshold, for text, only chooses the words written beside a box.
 
@@ -55,6 +52,10 @@ class GroundedSam2Segmenter(nn.Module):
         self.detector, self.masks, self.tile = detector, masks, tile
         self.options = {"box_threshold": box_threshold}
 
+    @property
+    def text(self):
+        return self.detector.text
+
     def _apply(self, *args, **kwargs):
         """What `to` and `cuda` call: the detector goes where the segmenter goes."""
         self.detector.move(*args, **kwargs)
@@ -71,23 +72,8 @@ class GroundedSam2Segmenter(nn.Module):
             output.mask_logits = output.mask_logits + 0 * self.masks.union(views[0][0][1], size, boxes=whole)[0]
         return output
 
-    @torch.no_grad()
-    def encode_image(self, images):
-        """uint8 images -> their features; a large one tile by tile when `tile` is set."""
-        return encode_tiles(images, self.tile, lambda pixels: self.encode_view(to_pixel_values(pixels.to(self.device))))
-
     def encode_view(self, pixel_values):  # [1, 3, h, w] in -1..1
         return self.detector.encode(pixel_values), self.masks.encode(pixel_values)
-
-    def encode_text(self, prompts):
-        """Phrasings -> token features and numbers [K, L, D + 1], embedded once."""
-        return self.detector.text.encode(check_prompts(prompts), self.device)
-
-    def decode(self, image_features, text_features):
-        """Every image with every phrasing. text_features [K, L, D + 1], or [B, K, L, D + 1] when images differ."""
-        if text_features.ndim == 3:
-            text_features = text_features.expand(len(image_features.views), -1, -1, -1)
-        return ask_tiles(image_features, text_features, self.ask)
 
     def ask(self, view, text_features, size):
         """One view with K phrasings: mask logits [K, *size], presence logits [K]."""
@@ -103,18 +89,11 @@ class GroundedSam2Segmenter(nn.Module):
             return recompute(self.masks.union, embeddings, size, boxes=boxes, use_reentrant=False)[0]
         return self.masks.union(embeddings, size, boxes=boxes)[0]
 
-    @torch.inference_mode()
-    def predict(self, image, prompts):
-        """Masks for one image [H, W, 3] or several, for every phrasing."""
-        self.eval()
-        text_features = self.encode_text(prompts)  # first: a phrasing that is too long is refused at once
-        return self.decode(self.encode_image(image), text_features)
-
     def prepare_training(self, settings, texts, phrasings):
         """Freeze all but SAM2's mask decoder, and return the optimiser's parameter groups."""
         from .finetune import train_only
 
-        self.detector.text.check_lengths(texts)
+        self.text.check_lengths(texts)
         return train_only(self, settings, lambda name: name.startswith(DECODER) and not name.startswith(IDLE))
 
     @property

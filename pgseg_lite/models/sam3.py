@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ..errors import SettingsError
 from ..settings import Sam3Settings
 from .access import OPTIONS_FILE, fetch, load_model, load_tokenizer, of_transformers, read_json, saving
-from .base import AGGREGATIONS, aggregate, check_prompts
-from .lite import to_pixel_values
-from .tiles import ImageFeatures, ask_tiles, check_tile, encode_tiles, tile_boxes
+from .base import AGGREGATIONS, aggregate
+from .tiles import ImageFeatures, TiledSegmenter, check_tile, tile_boxes
 from .towers import TextTower
 
 HUB_NAME = "facebook/sam3"
@@ -41,7 +40,7 @@ class Sam3Text(TextTower):
         return torch.cat([features, mask[..., None]], dim=-1).float().cpu()
 
 
-class Sam3Segmenter(nn.Module):
+class Sam3Segmenter(TiledSegmenter):
     """reading, top_k: see `aggregate`. presence_gate: multiply a map by the probability of presence, as SAM3 does.
 
     tile: images larger than this are cut and stitched, since 200 queries are too few for a crowded large one.
@@ -77,17 +76,12 @@ class Sam3Segmenter(nn.Module):
     def forward(self, pixel_values, text_features):
         """pixel_values [B, 3, H, W] in -1..1, text_features [B, P, L, D + 1] -> SegmentationOutput."""
         size = tuple(pixel_values.shape[-2:])
-        vision = self.sam.vision_encoder(self.resize(pixel_values))
+        vision = self.encode_view(pixel_values)
         views = [[one_image(vision, i)] for i in range(len(pixel_values))]
         return self.decode(ImageFeatures(views, tile_boxes(*size), size), text_features)
 
-    @torch.no_grad()
-    def encode_image(self, images):
-        """uint8 images -> their features; a large one tile by tile when `tile` is set."""
-        return encode_tiles(images, self.tile, self.encode_view)
-
-    def encode_view(self, pixels):  # uint8 [1, 3, h, w]
-        return self.sam.vision_encoder(self.resize(to_pixel_values(pixels.to(self.device))))
+    def encode_view(self, pixel_values):
+        return self.sam.vision_encoder(self.resize(pixel_values))
 
     def resize(self, pixel_values):
         """To the one size that SAM3 takes; it was trained on squares, whatever the image's shape."""
@@ -95,16 +89,6 @@ class Sam3Segmenter(nn.Module):
         if pixel_values.shape[-2:] == side:
             return pixel_values
         return F.interpolate(pixel_values, side, mode="bilinear", antialias=True)
-
-    def encode_text(self, prompts):
-        """Phrasings -> token features and their mask [K, L, D + 1], embedded once."""
-        return self.text.encode(check_prompts(prompts), self.device)
-
-    def decode(self, image_features, text_features):
-        """Every image with every phrasing. text_features [K, L, D + 1], or [B, K, L, D + 1] when images differ."""
-        if text_features.ndim == 3:
-            text_features = text_features.expand(len(image_features.views), -1, -1, -1)
-        return ask_tiles(image_features, text_features, self.ask)
 
     def ask(self, view, text_features, size):
         """One view with K phrasings, all at once, in portions, or one by one: mask logits [K, *size], presence [K]."""
@@ -139,13 +123,6 @@ class Sam3Segmenter(nn.Module):
             semantic_logits=output.semantic_seg[:, 0].float(),
         )  # [K, h, w]
         return F.interpolate(logits[:, None], size, mode="bilinear")[:, 0], presence
-
-    @torch.inference_mode()
-    def predict(self, image, prompts):
-        """Masks for one image [H, W, 3] or several, for every phrasing."""
-        self.eval()
-        text_features = self.encode_text(prompts)  # first: a phrasing that is too long is refused at once
-        return self.decode(self.encode_image(image), text_features)
 
     def prepare_training(self, settings, texts, phrasings):
         """Check what can be checked, choose what is trained, and return the optimiser's parameter groups."""

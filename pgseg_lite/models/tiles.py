@@ -4,9 +4,11 @@ import math
 from collections import namedtuple
 
 import torch
+from torch import nn
 
 from ..errors import SettingsError
-from .base import SegmentationOutput, as_batch
+from .base import SegmentationOutput, as_batch, check_prompts
+from .lite import to_pixel_values
 
 OVERLAP = 0.25  # share of a tile's side over which two neighbours fade into each other, at the least
 
@@ -19,28 +21,47 @@ def check_tile(tile):
         raise SettingsError(f"tile is {tile}; a tile must have at least 32 pixels a side")
 
 
-def encode_tiles(images, tile, encode):
-    """uint8 images -> ImageFeatures. `encode` takes one view, uint8 [1, 3, h, w], and gives whatever `ask` reads."""
-    pixels = torch.from_numpy(as_batch(images)).permute(0, 3, 1, 2)  # [B, 3, H, W]
-    size = tuple(pixels.shape[-2:])
-    boxes = tile_boxes(*size, tile)
-    views = [[encode(image[None, :, y0:y1, x0:x1]) for y0, x0, y1, x1 in boxes] for image in pixels]
-    return ImageFeatures(views, boxes, size)
+class TiledSegmenter(nn.Module):
+    """What text-prompted models with large images have in common: views are encoded once and asked with K phrasings.
 
-
-def ask_tiles(image_features, text_features, ask):
-    """Every image with its phrasings [B, K, ...], view by view, put together.
-
-    ask(view, text_features [K, ...], size) -> mask logits [K, *size] and presence logits [K].
+    A model brings `text` (a TextTower), `tile`, `device` and two methods:
+    encode_view(pixel_values [1, 3, h, w] in -1..1) -> whatever `ask` reads
+    ask(view, text_features [K, ...], size) -> mask logits [K, *size], presence logits [K]
     """
-    views, boxes, size = image_features
-    sizes = [(bottom - top, right - left) for top, left, bottom, right in boxes]
-    masks, presence = [], []
-    for tiles, text in zip(views, text_features, strict=True):
-        asked = [ask(view, text, side) for view, side in zip(tiles, sizes, strict=True)]
-        masks.append(stitch([logits for logits, _ in asked], boxes, size))  # [K, H, W]
-        presence.append(torch.stack([there for _, there in asked]).amax(0))  # [K], in any tile
-    return SegmentationOutput(torch.stack(masks), torch.stack(presence))
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        """uint8 images -> their features; a large one tile by tile when `tile` is set."""
+        pixels = torch.from_numpy(as_batch(images)).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        size = tuple(pixels.shape[-2:])
+        boxes = tile_boxes(*size, self.tile)
+        tiles = [[image[None, :, y0:y1, x0:x1] for y0, x0, y1, x1 in boxes] for image in pixels]
+        views = [[self.encode_view(to_pixel_values(tile.to(self.device))) for tile in of_one] for of_one in tiles]
+        return ImageFeatures(views, boxes, size)
+
+    def encode_text(self, prompts):
+        """Phrasings -> the features of their text tower [K, ...], embedded once."""
+        return self.text.encode(check_prompts(prompts), self.device)
+
+    def decode(self, image_features, text_features):
+        """Every image with every phrasing, view by view, put together. text_features [K, ...], or [B, K, ...]."""
+        views, boxes, size = image_features
+        if text_features.ndim == self.text.dimensions:
+            text_features = text_features.expand(len(views), *text_features.shape)
+        sizes = [(bottom - top, right - left) for top, left, bottom, right in boxes]
+        masks, presence = [], []
+        for tiles, text in zip(views, text_features, strict=True):
+            asked = [self.ask(view, text, side) for view, side in zip(tiles, sizes, strict=True)]
+            masks.append(stitch([logits for logits, _ in asked], boxes, size))  # [K, H, W]
+            presence.append(torch.stack([there for _, there in asked]).amax(0))  # [K], in any tile
+        return SegmentationOutput(torch.stack(masks), torch.stack(presence))
+
+    @torch.inference_mode()
+    def predict(self, image, prompts):
+        """Masks for one image [H, W, 3] or several, for every phrasing."""
+        self.eval()
+        text_features = self.encode_text(prompts)  # first: a phrasing that is too long is refused at once
+        return self.decode(self.encode_image(image), text_features)
 
 
 def tile_boxes(height, width, tile=None):

@@ -15,6 +15,7 @@ class TextTower:
     """
 
     reader: str
+    dimensions = 3  # of the features of K phrasings: [K, L, D], or 2 for [K, D]
     ending = 1  # tokens that close every text, so that a cut one keeps them too
 
     def __init__(self, tokenizer, parts, limit, truncate):
@@ -39,9 +40,6 @@ class TextTower:
                 for part in self.parts:  # images can use their memory better; moving takes a fraction of a second
                     part.to("cpu")
         return pad_sequence([self._features[text] for text in texts], batch_first=True).to(device)
-
-    def _embed(self, texts, device):
-        raise NotImplementedError
 
     def tokens(self, texts, device, padding="max_length"):
         options = dict(padding=padding, max_length=self.limit, truncation=True, return_tensors="pt")
