@@ -4,7 +4,7 @@ Everything here is a prompt group: an image, K phrasings, one mask. The names be
 that importing the module costs nothing.
 """
 
-from importlib import import_module
+from .lazy import on_first_use
 
 __version__ = "0.1.0"
 
@@ -29,15 +29,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'pgseg_lite' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return [*globals(), *__all__]
+__getattr__, __dir__ = on_first_use(__name__, _HOME)

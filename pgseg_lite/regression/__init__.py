@@ -8,7 +8,7 @@
 Nothing of the engine imports this. The names load on first use: pytest reads the plugin here at every start.
 """
 
-from importlib import import_module
+from ..lazy import on_first_use
 
 _HOME = {
     "adapt": "adapters",
@@ -25,11 +25,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = on_first_use(__name__, _HOME)
