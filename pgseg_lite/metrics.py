@@ -85,6 +85,12 @@ def bootstrap_weights(units, n=2000, seed=0):
     return np.bincount(chosen.ravel(), minlength=n * units).reshape(n, units).astype(np.float64)
 
 
+def two_level_means(values, n=2000, seed=0):
+    """Means of [seeds, images] with seeds and images resampled: [n]."""
+    weights = [bootstrap_weights(units, n, seed + level) for level, units in enumerate(values.shape)]
+    return np.einsum("nr,ni,ri->n", *weights, values) / values.size
+
+
 def interval(samples, level=0.95):
     """The middle `level` of the samples: [n, ...] -> low [...], high [...]; NaN where every sample is NaN."""
     tails = [(1 - level) / 2, (1 + level) / 2]

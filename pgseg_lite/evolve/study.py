@@ -9,7 +9,7 @@ import torch
 from ..errors import ResultError
 from ..evaluation import choose
 from ..keys import code_digest, hash_of
-from ..metrics import bootstrap_weights, interval
+from ..metrics import interval, two_level_means
 from ..models.access import saving
 from ..prompts import LEVELS, PromptBank
 from ..studies import Study
@@ -226,8 +226,7 @@ def mean_with_interval(rows, column, resamples=2000, seed=0):
     cube = rows.pivot_table(index="seed", columns="image", values=column, sort=False).to_numpy(float)  # [seeds, images]
     if np.isnan(cube).any():
         raise ResultError(f"{column}: some seeds lack some images; measure the study again")
-    drawn = [bootstrap_weights(units, resamples, seed + n) / units for n, units in enumerate(cube.shape)]
-    low, high = interval(np.einsum("nr,ni,ri->n", *drawn, cube))
+    low, high = interval(two_level_means(cube, resamples, seed))
     return float(cube.mean()), float(low), float(high)
 
 

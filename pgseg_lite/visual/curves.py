@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import SettingsError
-from ..metrics import bootstrap_weights, interval
+from ..metrics import interval, two_level_means
 from .study import MEASURES
 
 
@@ -23,7 +23,7 @@ def curves(rows, measure="dice", by=("cell", "prompt", "kind", "severity"), resa
     found = []
     for key, part in rows.groupby(list(by), sort=False):
         values = cube(part, measure)
-        low, high = interval(drawn(values, resamples, seed))
+        low, high = interval(two_level_means(values, resamples, seed))
         found.append(dict(zip(by, key, strict=True)) | dict(value=values.mean(), low=low, high=high))
     return pd.DataFrame(found)
 
@@ -38,7 +38,7 @@ def differences(rows, ours, theirs, measure="dice", by=("prompt", "kind", "sever
     found = []
     for key, part in rows.groupby(list(by), sort=False):
         values = cube(part[part["cell"] == ours], measure) - cube(part[part["cell"] == theirs], measure)
-        low, high = interval(drawn(values, resamples, seed))
+        low, high = interval(two_level_means(values, resamples, seed))
         signs = set(np.sign(values.mean(axis=1)))
         sure = len(signs) == 1 and not low <= 0 <= high
         verdict = ("higher" if values.mean() > 0 else "lower") if sure else "undecided"
@@ -49,9 +49,3 @@ def differences(rows, ours, theirs, measure="dice", by=("prompt", "kind", "sever
 def cube(part, measure):
     """Means over organs, [seeds, volumes]."""
     return part.groupby(["seed", "volume"])[measure].mean().unstack().to_numpy()
-
-
-def drawn(values, resamples, seed):
-    """Means of resampled seeds and volumes, [resamples]."""
-    weights = [bootstrap_weights(n, resamples, seed + level) for level, n in enumerate(values.shape)]
-    return np.einsum("nr,ni,ri->n", *weights, values) / values.size
