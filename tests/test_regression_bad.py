@@ -31,7 +31,7 @@ def site(tmp_path_factory):
     (folder / "bank.yaml").write_text(BANK)
     bank = pg.PromptBank.load(folder / "bank.yaml")
     result = measure(adapt(dark), data, bank, per_level=1, quiet=True)
-    save_baseline(result, [], folder / "good.json")
+    save_baseline(result, folder / "good.json")
     good = json.loads((folder / "good.json").read_text())
     without = {key: value for key, value in good.items() if key != "items"}
     short = {**good, "per_item": {**good["per_item"], "dice": good["per_item"]["dice"][:-1]}}
@@ -42,7 +42,7 @@ def site(tmp_path_factory):
     others = {**good, "images": {name: "0" * 24 for name in good["images"]}}
     asked = {**good, "items": [[target, level, split, text + "?"] for target, level, split, text in good["items"]]}
     for name, content in dict(
-        newer={**good, "schema": 2}, older={**good, "schema": None}, list=[good], other={"kind": "coverage"},
+        newer={**good, "schema": 3}, older={**good, "schema": None}, list=[good], other={"kind": "coverage"},
         without=without, short=short, words=words, masks=masks, blind=blind, others=others, asked=asked,
     ).items():  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -128,8 +128,8 @@ FROM_THE_START = [
     (f"{TRUE} --against {{site}}/binary.json", "binary.json: not valid JSON"),
     (f"{TRUE} --against {{site}}/list.json", "list.json: not a baseline of pgseg robustness"),
     (f"{TRUE} --against {{site}}/other.json", "other.json: not a baseline of pgseg robustness"),
-    (f"{TRUE} --against {{site}}/newer.json", "newer.json: it has schema 2 and this version reads 1; store it again"),
-    (f"{TRUE} --against {{site}}/older.json", "older.json: it has schema None and this version reads 1"),
+    (f"{TRUE} --against {{site}}/newer.json", "newer.json: it has schema 3 and this version reads 2; store it again"),
+    (f"{TRUE} --against {{site}}/older.json", "older.json: it has schema None and this version reads 2"),
     (f"{TRUE} --against {{site}}/without.json", "without.json: a damaged baseline (KeyError: 'items'); store it again"),
     (f"{TRUE} --against {{site}}/short.json", "short.json: a damaged baseline (ValueError"),
     (f"{TRUE} --against {{site}}/words.json", "words.json: a damaged baseline (ValueError"),
@@ -259,7 +259,7 @@ def test_a_baseline_of_its_own_run_compares(site, measured):
 
 def test_without_masks_only_the_same_phrasings_are_compared(site, tmp_path):
     bank, data = pg.PromptBank.load(site / "bank.yaml"), open_pictures(site / "data" / "images", tile=None)
-    save_baseline(measure(adapt(dark), data, bank, per_level=2, quiet=True), [], tmp_path / "b.json")
+    save_baseline(measure(adapt(dark), data, bank, per_level=2, quiet=True), tmp_path / "b.json")
     with pytest.raises(ResultError, match="has other phrasings, and without masks only the same can be compared"):
         check_gates(measure(adapt(dark), data, bank, per_level=1, quiet=True), load_baseline(tmp_path / "b.json"))
 

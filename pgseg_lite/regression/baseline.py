@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,9 @@ import pandas as pd
 from .. import __version__
 from ..errors import ResultError
 from .checks import FAIL
+from .collapse import alarms
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "pgseg robustness baseline"
 PER_ITEM = ("dice", "agreement", "level_agreement", "majority", "area_pred")
 PER_TARGET = ("area_true", "marked")
@@ -27,7 +29,7 @@ class Baseline:
     about: dict
     keys: dict  # image id -> digest of its pixels
     records: pd.DataFrame
-    alarms: set  # (gate, target, level) of those that rang when it was stored
+    alarms: dict  # (gate, target, level) of those that rang when it was stored -> the phrasings that they were about
 
 
 def versions():
@@ -35,7 +37,7 @@ def versions():
     return {"pgseg_lite": __version__, "python": platform.python_version(), **packages}
 
 
-def save_baseline(result, checks, path):
+def save_baseline(result, path):
     """Matrices of images x phrasings, five decimals: 200 images x 150 phrasings make about 1 MB."""
     images, records = list(result.keys), result.records
     items = records[ITEM].drop_duplicates()
@@ -47,7 +49,7 @@ def save_baseline(result, checks, path):
         "schema": SCHEMA,
         "versions": versions(),
         "about": result.about,
-        "alarms": [[check.gate, check.target, check.level] for check in checks if check.outcome == FAIL],
+        "alarms": [[c.gate, c.target, c.level, c.phrasings] for c in alarms(result) if c.outcome == FAIL],
         "images": result.keys,
         "items": items.to_numpy().tolist(),
         "per_item": {name: plain(wide[name].unstack(ITEM).reindex(index=images, columns=columns)) for name in PER_ITEM},
@@ -101,11 +103,13 @@ def load_baseline(path):
         records = items.iloc[np.tile(np.arange(len(items)), len(images))].reset_index(drop=True)
         records.insert(0, "image", np.repeat(images, len(items)))
         records = records.assign(**{name: values.ravel() for name, values in table.items()})
-        alarms = {tuple(alarm) for alarm in content["alarms"]}
+        rang = defaultdict(set)
+        for *alarm, phrasings in content["alarms"]:  # two may differ only in what the phrasings are taken for
+            rang[tuple(alarm)] |= set(phrasings)
         records = records.dropna(subset="majority")  # failed then
         records = records.assign(absent=records["area_true"] == 0, marked=records["marked"] == 1)
         known = dict.fromkeys(("truth", "bank", "bank_digest", "data_digest", "model", "fingerprint"))
         about = known | content["about"]
-        return Baseline(path, about, content["images"], records, alarms)
+        return Baseline(path, about, content["images"], records, rang)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ResultError(f"{path}: a damaged baseline ({type(error).__name__}: {error}); store it again") from error

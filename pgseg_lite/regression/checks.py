@@ -18,3 +18,4 @@ class Check:
     low: float = np.nan
     high: float = np.nan
     limit: float = np.nan
+    phrasings: tuple = ()  # which it is about, where it is about some

@@ -75,6 +75,7 @@ def misplaced(result):
             f"{len(phrasings)} phrasings listed under {target} (level {level}) are answered with the mask of {other}, "
             f"such as {phrasing!r}: they stand under the wrong target of the bank, or the model takes one for the other"
         )
-        yield Check("misplaced", target, level, FAIL, reason, *numbers, MISPLACED)
+        texts = tuple(text for text, _ in phrasings)
+        yield Check("misplaced", target, level, FAIL, reason, *numbers, MISPLACED, texts)
     if not found:
         yield Check("misplaced", "all targets", "", PASS, "every phrasing is answered as its own target or as none")

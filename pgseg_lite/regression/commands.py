@@ -110,7 +110,7 @@ def run_robustness(args, read_data):
     checks = gates.check_gates(result, before, args.max_drop, args.max_spread, args.max_failures)
     found = report.Report(result, checks)
     if args.save:
-        baseline.save_baseline(result, checks, args.save)
+        baseline.save_baseline(result, args.save)
     for kind in ("json", "junit", "html"):
         if path := outputs.get(kind):
             baseline.write(path, getattr(found, kind)())

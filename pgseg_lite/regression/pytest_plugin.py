@@ -78,5 +78,5 @@ class MarkedBank:
         result = measure(adapt(model, **how), data, bank, quiet=True, **options)
         checks = check_gates(result, before, **limits)
         if stored and self.save:
-            save_baseline(result, checks, Path(self.root / stored))
+            save_baseline(result, Path(self.root / stored))
         return Report(result, checks)
