@@ -87,12 +87,17 @@ def describe(stamp):
     """One line of provenance for a caption; a run at the smoke profile says so first."""
     code, machine, profile = stamp["code"], stamp["hardware"], stamp["profile"]
     label = "smoke run, not a measurement" if profile == "smoke" else f"{profile} profile"
-    data = ", ".join(f"{one['name']} {one['split']} ({one['digest']})" for one in stamp["datasets"]) or "no data set"
+    roles = {}  # (name, split, digest) -> what the set was used for
+    for one in stamp["datasets"]:
+        roles.setdefault((one["name"], one["split"], one["digest"]), []).append(one.get("role", ""))
+    parts = [f"{name} {split} ({'; '.join(filter(None, [d, *used]))})" for (name, split, d), used in roles.items()]
+    data = ", ".join(parts) or "no data set"
     seeds = ", ".join(map(str, stamp["seeds"])) or "none"
     commit = f" at {code['commit'][:10]}{' with changes' * code['dirty']}" if code["commit"] else ""
     engine = f"pgseg_lite {code['version']}{commit}, torch {stamp['packages']['torch']}"
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    return f"{label}: {data}; seeds {seeds}; {engine}; {where}; {stamp['wall_s']:.0f} s; {stamp['date'][:10]}"
+    took = f"{stamp['wall_s']:.0f} s{' of training' * ('runs' in stamp)}"  # a grid's tests are not counted
+    return f"{label}: {data}; seeds {seeds}; {engine}; {where}; {took}; {stamp['date'][:10]}"
 
 
 def _checked(stamp, fields, where):

@@ -260,10 +260,14 @@ def test_describe_is_one_line_with_all_that_matters(saved):
     assert line.startswith("lite profile: consep test (0123456789ab); seeds 0, 1, 2; ")
     assert "pgseg_lite 0.1.0 at 0123456789 with changes, torch " in line
     assert "; 2 cores of A Chip; 62 s; 20" in line and "\n" not in line
+    one = stamp["datasets"][0]
+    stamp |= {"datasets": [one | {"role": "validation"}, one | {"role": "test"}], "runs": ["of a grid"]}
+    assert ": consep test (0123456789ab; validation; test); seeds" in results.describe(stamp)
+    assert "; 62 s of training; 20" in results.describe(stamp)
     stamp |= {"datasets": [], "seeds": [], "wall_s": 3600}
     stamp["hardware"]["gpu"] = "A GPU"
     assert "no data set; seeds none; " in results.describe(stamp)
-    assert "; A GPU; 3600 s; " in results.describe(stamp)
+    assert "; A GPU; 3600 s of training; " in results.describe(stamp)
 
 
 def test_a_smoke_run_is_labelled_first():
