@@ -25,5 +25,9 @@ class TrainingError(PgsegError):
     """A training run that had to stop."""
 
 
+class Diverged(TrainingError):
+    """The loss or the weights left the finite numbers: an outcome, since the same run would do so again."""
+
+
 class ResultError(PgsegError):
     """A stored result that is missing, unstamped or damaged."""

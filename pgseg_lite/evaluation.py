@@ -5,6 +5,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .data.dataset import source_of
 from .errors import BankError, ModelError, SettingsError
 from .metrics import areas, bootstrap_means, dice, flip_share, group_agreement, interval, iou, pack
 from .models.base import SegmentationOutput
@@ -23,6 +24,8 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     mask with the others of its group) and flips (share of the image on which the group does not agree).
     A model that is shown where the nuclei are (`predict_from_masks`) reads no phrasing: one row an image and target.
     """
+    if not getattr(model, "name", None):
+        raise ModelError(f"{type(model).__name__} has no name, which every record shows; set one: model.name = 'ours'")
     if per_level is not None and per_level < 1:
         raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     if shown := getattr(model, "visual_prompt", None):
@@ -30,13 +33,15 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     else:
         phrasings = {target: choose(bank, target, levels, split, per_level) for target in data.targets}
     texts = [p.text for chosen in phrasings.values() for p in chosen]
+    if not texts:
+        raise BankError(f"bank {bank.name!r} has no {split} for any of {', '.join(data.targets)}; add some first")
     if isinstance(model, torch.nn.Module):
         model.eval()
     text_features = model.encode_text(texts) if hasattr(model, "encode_text") else None
     rows = []
     for sample in tqdm(data, desc="evaluating", unit="image", disable=quiet):
         if shown:
-            answered = pack_answers(model, sample, [model.predict_from_masks(sample, data.targets)])
+            answered = pack_answers(model, sample, [(model.predict_from_masks(sample, data.targets), len(texts))])
         else:
             answered = predict_packed(model, sample, texts, text_features)
         packed, presence = answered  # [P, N], [P]
@@ -73,24 +78,25 @@ def choose(bank, target, levels, split, per_level):
 def predict_packed(model, sample, texts, text_features):
     """The masks of one image for all phrasings, as packed bits [P, N], and presence probabilities [P]."""
     if text_features is None:  # a model from outside that has only `predict`
-        outputs = [model.predict(sample.image, texts)]
+        outputs = [(model.predict(sample.image, texts), len(texts))]
     else:
         image_features = model.encode_image(sample.image)  # once, however many phrasings follow
         chunks = (text_features[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
-        outputs = (model.decode(image_features, chunk) for chunk in chunks)
+        outputs = ((model.decode(image_features, chunk), len(chunk)) for chunk in chunks)
     return pack_answers(model, sample, outputs)
 
 
 def pack_answers(model, sample, outputs):
+    """outputs: each with the number of phrasings that it answers."""
     packed, presence = [], []
-    for output in outputs:
-        check_output(output, sample, model)
+    for output, count in outputs:
+        check_output(output, sample, model, count)
         packed.append(pack(output.masks[0].cpu().numpy()))
-        presence.append(output.presence_logits[0].detach().sigmoid().cpu().numpy())
+        presence.append(output.presence_logits[0].detach().float().sigmoid().cpu().numpy())
     return np.concatenate(packed), np.concatenate(presence)
 
 
-def check_output(output, sample, model):
+def check_output(output, sample, model, count):
     if not isinstance(output, SegmentationOutput):
         raise ModelError(f"{model.name}: predict must return a SegmentationOutput, got {type(output).__name__}")
     if tuple(output.mask_logits.shape[-2:]) != sample.image.shape[:2]:
@@ -98,6 +104,10 @@ def check_output(output, sample, model):
             f"{model.name}: masks of {list(output.mask_logits.shape[-2:])} for image {sample.id} of "
             f"{list(sample.image.shape[:2])}; return logits at the size of the image"
         )
+    found = [list(output.mask_logits.shape[:-2]), list(output.presence_logits.shape)]
+    if found != [[1, count]] * 2:
+        said = f"masks {found[0]} and presence {found[1]} for one image and {count} phrasings"
+        raise ModelError(f"{model.name}: {said}; return mask_logits [1, {count}, H, W], presence_logits [1, {count}]")
     if output.mask_logits.isnan().any() or output.presence_logits.isnan().any():
         raise ModelError(f"{model.name}: NaN in the logits for image {sample.id}; the model or its weights are broken")
 
@@ -141,9 +151,11 @@ def robustness(records, by=("segmenter", "target"), resamples=1000, seed=0):
     missing = [name for name in (*by, *COLUMNS[2:5], "dice", "absent") if name not in records]
     if missing:
         raise SettingsError(f"these records have no column {missing[0]!r}; use the table that evaluate() returns")
+    records = records.assign(image=records["image"].astype(str))  # a table that was read may have numbers there
     rows = []
     for key, part in records.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True))
+        refuse_mixtures(part, row)
         present, absent = part[~part["absent"]], part[part["absent"]]
         if len(present):
             row |= present_statistics(present, resamples, seed)
@@ -155,6 +167,20 @@ def robustness(records, by=("segmenter", "target"), resamples=1000, seed=0):
     table = pd.DataFrame(rows)
     order = [name + end for name in STATISTICS for end in ("", "_low", "_high")]
     return table.reindex(columns=[*by, *order, "worst_phrasing", "images"])
+
+
+def refuse_mixtures(part, row):
+    """Two models of one name, or two data sets with images of one name, would be averaged into a model that is not."""
+    asked = ["image", "target", "phrasing"]
+    answers = part.drop_duplicates([*asked, "dice"])
+    twice = answers[answers.duplicated(asked)]
+    if len(twice):
+        where = ", ".join(f"{name} {value}" for name, value in row.items())
+        image, _, phrasing = twice[asked].iloc[0]
+        raise SettingsError(
+            f"the records of {where} hold two answers to {phrasing!r} on image {image}; if they are of several models "
+            "or data sets, tell these apart with .assign(method=...) and by=('method', 'target')"
+        )
 
 
 def present_statistics(records, resamples, seed):
@@ -174,7 +200,7 @@ def present_statistics(records, resamples, seed):
 
 def resample(per_image, resamples, seed):
     """Mean over images [M] and its bootstrap samples [n, M]; an index `source@y,x` is a tile of `source`."""
-    sources = per_image.index.str.split("@").str[0]
+    sources = per_image.index.map(source_of)
     sums = per_image.groupby(sources, sort=False).sum().to_numpy(float)  # [sources, M]
     counts = per_image.notna().groupby(sources, sort=False).sum().to_numpy(float)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -11,7 +11,7 @@ from .prompts import PromptBank
 
 # The code that decides what comes out; a comment or a docstring in it does not.
 TRAINS = ("training", "losses", "augment", "prompts", "data")
-TESTS = ("evaluation", "metrics", "prompts", "data")
+TESTS = ("evaluation", "metrics", "colour", "prompts", "data")
 DECIDE_NOTHING = {"access", "cost"}  # of models/: find weights, say what is in the way, estimate
 
 
@@ -75,11 +75,11 @@ def about_start(segmenter, start):
 def run_key(run):
     if not run.settings:
         return hash_of([run.segmenter, checkpoint_digest(run.start), run.options])
-    from .training import describe_run
+    from .training import HARDWARE, describe_run
 
     described = describe_run(run.data.load(), PromptBank.load(BANK), run.settings, 1, None)
     described |= about_start(run.segmenter, run.start)
-    for name in ("save_every", "serial"):  # what a kill costs, and what memory: not what comes out
+    for name in HARDWARE:
         described.pop(name, None)
     return hash_of([described, run.options, run.text_dropout, code_digest(TRAINS + code_of(run.segmenter))])
 

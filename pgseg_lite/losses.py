@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .errors import SettingsError, TrainingError
+from .errors import Diverged, SettingsError
 
 GROUP_READINGS = ("none", "literal", "log-weights", "clamped", "soft")
 CONSISTENCY_READINGS = ("none", "first", "pairwise", "mean")
@@ -116,7 +116,7 @@ class LossTerms:
                 if bad.shape[1] == 2:
                     group, i = bad[0].tolist()
                     where = f" for phrasing {repr(phrasings[group][i]) if phrasings else (group, i)}"
-                raise TrainingError(
+                raise Diverged(
                     f"the {name} term became NaN or infinite{where}; lower the learning rate or lam, "
                     "or choose a group reading other than 'log-weights'"
                 )
@@ -152,7 +152,10 @@ class GroupLoss:
                 f"shapes do not fit: mask_logits {list(mask_logits.shape)}, presence_logits "
                 f"{list(presence_logits.shape)}, mask {list(mask.shape)}; expected [B, K, H, W], [B, K], [B, H, W]"
             )
-        target = mask.to(mask_logits.dtype)[:, None]  # [B, 1, H, W]
+        # A sum over pixels leaves half precision's range, and loses its digits, so a loss is never computed in it.
+        wide = torch.promote_types(mask_logits.dtype, torch.float32)
+        mask_logits, presence_logits = mask_logits.to(wide), presence_logits.to(wide)
+        target = mask.to(wide)[:, None]  # [B, 1, H, W]
         p = mask_logits.sigmoid()
         focal = focal_loss(mask_logits, p, target)
         # Only where the target is: an absent one would pay for empty masks, and a model that answers nothing at all

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .errors import DataError, ModelError, SettingsError, TrainingError
+from .errors import DataError, Diverged, ModelError, SettingsError, TrainingError
 from .evaluation import evaluate
 from .experiments import BANK, find, runs
 from .keys import run_key, test_key
@@ -55,10 +55,7 @@ def execute(run, key, tests, folder, quiet=True):
             )
             write_text(home / f"{name}.csv", records.to_csv(index=False))
     except torch.OutOfMemoryError as error:
-        from .models.finetune import lighter
-
-        advice = lighter(run.settings) if run.settings else "take a larger GPU"
-        raise ModelError(f"the GPU's memory is too small for this run; {advice}") from error
+        raise ModelError("the GPU's memory is too small to test this run; take a larger GPU") from error
     if not run.settings:
         write_outcome(home, wall_s=time.perf_counter() - started)
     return time.perf_counter() - started
@@ -76,7 +73,7 @@ def train_run(run, home, quiet):
     try:
         result = train(run.data.load(), PromptBank.load(BANK), home, run.settings, **options)
         write_outcome(home, result.wall_s, result.cpu_s)
-    except TrainingError as error:  # a loss that diverges is an outcome: it would do so again
+    except Diverged as error:  # an outcome: it would do so again
         write_outcome(home, time.perf_counter() - started, failed=str(error))
     for checkpoint in home.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -195,8 +192,10 @@ def workers(jobs, scheduler):
     gpus = torch.cuda.device_count()
     jobs, context = jobs or max(1, gpus), get_context("spawn")
     turns = context.Queue()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # on a shared machine only these are ours
+    names = given.split(",")[:gpus] if given else range(gpus)
     for turn in range(jobs):
-        turns.put(turn % gpus if gpus else None)
+        turns.put(names[turn % gpus] if gpus else None)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     pool = ProcessPoolExecutor(jobs, context, initializer=take_place, initargs=(turns, threads))
     try:

@@ -1,6 +1,8 @@
 """What decides a training run, and the three profiles. Light to import: the command line reads it for its help."""
 
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral
 from typing import ClassVar
 
 from .errors import SettingsError
@@ -43,13 +45,17 @@ class TrainSettings:
     clip: ClassVar = 1.0  # largest norm of a gradient
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "k", "accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        counts = dict.fromkeys(("steps", "batch_size", "k", "accumulation", "save_every"), 1) | dict(workers=0, seed=0)
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise SettingsError(f"{name} is {value}; it must be a whole number and at least {least}")
         if self.view < 32 or self.view % 16:
             raise SettingsError(f"view is {self.view}; it must be a multiple of 16 and at least 32")
-        if not self.learning_rate > 0:
-            raise SettingsError(f"learning_rate is {self.learning_rate}; it must be above zero")
+        if not 0 < self.learning_rate < inf:
+            raise SettingsError(f"learning_rate is {self.learning_rate}; it must be above zero and finite")
+        if not 0 <= self.weight_decay < inf:
+            raise SettingsError(f"weight_decay is {self.weight_decay}; it must be zero or more, and finite")
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
         for name, known in (("wording", WORDINGS), ("precision", PRECISIONS)):

@@ -31,6 +31,8 @@ class Study:
     measure: object
     cells: dict  # label -> what this cell changes
     code: tuple  # the modules and packages of pgseg_lite whose code decides the outcome
+    checkpoints: tuple = ()  # the bundled ones that it starts from or asks
+    data: object = None  # profile -> the data sets that are read; None where its own code paints them
     seeds: dict = None  # profile -> seeds; those of all experiments by default
 
 
@@ -42,13 +44,16 @@ def run_study(name, profile="lite", folder="_build/experiments", report=print):
     """Measure what is missing of the named study; the table of all cells, its .attrs["facts"] ready for a stamp."""
     import pandas as pd
 
-    from .keys import code_digest, hash_of
+    from .keys import checkpoint_digest, code_digest, hash_of
+    from .models import CHECKPOINTS
     from .results import EXACT
     from .runner import write_text
 
     study, folder = find(name), Path(folder).resolve() / name
     seeds = (study.seeds or SEEDS)[profile]
-    grid = {hash_of([name, label, cell, seed, profile, code_digest(study.code)]): (label, cell, seed)
+    decides = [checkpoint_digest(CHECKPOINTS / f"lite-{one}") for one in study.checkpoints]
+    decides += [code_digest(study.code), *(data.digest for data in (study.data(profile) if study.data else ()))]
+    grid = {hash_of([name, label, cell, seed, profile, *decides]): (label, cell, seed)
             for seed in seeds for label, cell in study.cells.items()}  # fmt: skip
     todo = [key for key in grid if not (folder / f"{key}.json").exists()]
     report(f"{name}: {len(grid)} cells, {len(grid) - len(todo)} of them measured before")

@@ -7,6 +7,7 @@ look alike. A category that an image lacks does not count there.
 import numpy as np
 import pandas as pd
 
+from .data.dataset import source_of
 from .errors import ResultError
 from .metrics import bootstrap_weights, interval
 from .results import find_result, load_result
@@ -34,7 +35,7 @@ def by_image(records, by_level=False):
         ).reset_index()  # fmt: skip
         present = ["dice", "sd", "lowest", "agreement", "flips"]
         found[present] = found[present].where(~found["absent"])
-        found["image"] = found["image"].str.split("@").str[0]
+        found["image"] = found["image"].map(source_of)
         groups = found.assign(tiles=~found["absent"]).groupby(tile, sort=False)
         tables.append(
             groups.agg({name: "mean" for name in (*present, "false_area")} | {"tiles": "sum", "absent": "sum"})

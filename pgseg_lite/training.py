@@ -10,6 +10,7 @@ import os
 import time
 from collections import namedtuple
 from dataclasses import asdict, replace
+from multiprocessing import current_process
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .augment import augment
-from .errors import BankError, SettingsError, TrainingError
+from .errors import BankError, Diverged, ModelError, SettingsError, TrainingError
 from .models.lite import LiteSegmenter, to_pixel_values
 from .settings import TrainSettings
 
 TERMS = ("seg", "mask", "dice", "presence", "group", "consistency")
 
-HARDWARE = ("serial",)  # what suits the machine and changes no gradient: a run may go on without it elsewhere
+# What suits the machine and changes no gradient: a run may go on elsewhere with another.
+HARDWARE = ("serial", "checkpointing", "workers", "save_every")
 
 TrainResult = namedtuple("TrainResult", "model history folder wall_s cpu_s")
 
@@ -162,8 +164,7 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     A model with `default_settings` brings its own; one with `prepare_training` chooses what is trained and returns
     the optimiser's parameter groups.
     """
-    if hasattr(model, "why_not_trained"):
-        raise SettingsError(f"{model.name} cannot be trained here: {model.why_not_trained}")
+    check_trainable(model)
     settings = settings or getattr(model, "default_settings", TrainSettings())
     try:
         settings = replace(settings, **changes)
@@ -192,7 +193,14 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start, start_cpu = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        from .models.finetune import lighter
+
+        raise ModelError(f"the GPU's memory is too small for this run; {lighter(settings)}") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):  # by the very last step
+        raise Diverged("the weights became NaN or infinite; lower the learning rate")
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
 
     import pandas as pd
@@ -204,25 +212,39 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     return TrainResult(model.eval(), history, output, wall_s, cpu_s)
 
 
+def check_trainable(model):
+    if hasattr(model, "why_not_trained"):
+        raise SettingsError(f"{model.name} cannot be trained here: {model.why_not_trained}")
+    for name in ("forward", "encode_text", "save_pretrained"):
+        if model and not hasattr(model, name):
+            raise SettingsError(f"{type(model).__name__} has no {name}, so it cannot be trained here; add it")
+
+
 def training_arguments(output, settings, device=None):
+    if device not in (None, "cpu", "cuda"):
+        raise SettingsError(f"device is {device!r}; choose cpu or cuda, and the GPU itself by CUDA_VISIBLE_DEVICES")
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device is cuda, but PyTorch finds no GPU here; use cpu")
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = best_precision(use_cpu) if settings.precision == "auto" else settings.precision
     if precision == "fp16" and use_cpu:
         raise SettingsError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(output), max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation, learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay, lr_scheduler_type=settings.schedule, max_grad_norm=settings.clip,
         warmup_steps=int(settings.warmup * settings.steps), seed=settings.seed,
         bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=use_cpu,
-        dataloader_num_workers=settings.workers, dataloader_pin_memory=not use_cpu,
+        dataloader_num_workers=0 if current_process().daemon else settings.workers,  # Dask's process may have none
+        dataloader_pin_memory=not use_cpu,
         remove_unused_columns=False, label_names=["masks"], report_to="none", disable_tqdm=True,
         logging_steps=min(10, settings.steps), logging_nan_inf_filter=False,
         save_steps=settings.save_every, save_total_limit=2,
         ddp_find_unused_parameters=False, ddp_backend="gloo" if use_cpu and "WORLD_SIZE" in os.environ else None,
     )  # fmt: skip
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # else nn.DataParallel, which knows no SegmentationOutput; torchrun is what uses several
+    return args
 
 
 def best_precision(use_cpu):
@@ -252,7 +274,7 @@ def fingerprint(model):
     """12 hex digits that stand for these weights."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
     return digest.hexdigest()[:12]
 
 
@@ -264,7 +286,10 @@ def prepare_output(output, run, resume):
     if record.is_file():
         if not resume:
             raise SettingsError(f"{output} already holds a run; resume it, or choose another output folder")
-        stored = json.loads(record.read_text())
+        try:
+            stored = json.loads(record.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{record}: damaged ({error}); start in another folder") from error
         changed = [
             f"{name} was {stored.get(name)} and is now {run[name]}"
             for name in run
@@ -286,13 +311,14 @@ def newest_whole_checkpoint(output):
     """A kill can leave the newest checkpoint half written: take the newest that loads."""
     from safetensors import SafetensorError, safe_open
 
-    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1]))
+    numbers = {folder: folder.name.split("-")[1] for folder in output.glob("checkpoint-*")}
+    folders = sorted((f for f, number in numbers.items() if number.isdigit()), key=lambda f: -int(numbers[f]))
     for folder in folders:
         try:
             json.loads((folder / "trainer_state.json").read_text())
             safe_open(folder / "model.safetensors", "pt")
             for name in ("optimizer.pt", "scheduler.pt"):
-                torch.load(folder / name, weights_only=True)
+                torch.load(folder / name, weights_only=True, map_location="cpu", mmap=True)
             if not list(folder.glob("rng_state*.pth")):
                 continue
             return folder

@@ -154,7 +154,7 @@ def test_data_commands(capsys, tmp_path):
         ("data check --dataset coco --root {tmp} --split all --annotations none.json", "none.json"),
         ("train --output {tmp}/run --dataset consep --root {tmp}/nothing", "{tmp}/nothing"),
         ("train --output {tmp}/run --size 4 --bank {tmp}/none.yaml", "{tmp}/none.yaml"),
-        ("train --output {tmp}/run --size 4 --steps 0", "steps is 0; it must be at least 1"),
+        ("train --output {tmp}/run --size 4 --steps 0", "steps is 0; it must be a whole number and at least 1"),
         ("train --output {tmp}/run --size 4 --steps few", "argument --steps: invalid int value: 'few'"),
         ("train --output {tmp}/run --size 4 --levels lowest", "lowest"),
         ("train --output {tmp}/run --size 4 --start-from {tmp}/absent", "no such checkpoint folder"),

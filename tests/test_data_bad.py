@@ -71,11 +71,14 @@ def pannuke(root, images=(1, 256, 256, 3), masks=(1, 256, 256, 6), fill=200.0):
     return {"name": "pannuke", "split": "fold1"}
 
 
+IMAGE = {"id": 1, "file_name": "a.png", "height": 12, "width": 10}
+
+
 def coco(root, segmentation=((1, 1, 5, 1, 5, 5),), **changes):
     save(root / "a.png", RGB)
     annotation = {"id": 8, "image_id": 1, "category_id": 1, "segmentation": segmentation}
     content = {
-        "images": [{"id": 1, "file_name": "a.png", "height": 12, "width": 10}],
+        "images": [IMAGE],
         "categories": [{"id": 1, "name": "tumour"}],
         "annotations": [annotation],
     }
@@ -321,6 +324,14 @@ CASES = {
     "an image that COCO lists in vain": (
         then(coco, gone("a.png")),
         "{root}/labels.json: the image a.png is neither in root nor in its folder images; correct the names",
+    ),
+    "two images of one id": (
+        lambda root: coco(root, images=[IMAGE, IMAGE]),
+        "{root}/labels.json: two images have the same id, as where exports were joined; number them anew",
+    ),
+    "an image with two entries": (
+        lambda root: coco(root, images=[IMAGE, IMAGE | {"id": 2}]),
+        "{root}/labels.json: two images are called a; give each its own file name and one entry",
     ),
     "an image of another size than COCO says": (
         then(coco, write("a.png", RGB[:9])),

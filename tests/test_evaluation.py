@@ -166,6 +166,10 @@ def test_choose_spreads_over_the_bank():
             "NaN in the logits",
         ),
         (lambda k: torch.zeros(1, k, 4, 4), "predict must return a SegmentationOutput, got Tensor"),
+        (
+            lambda k: pg.SegmentationOutput(torch.zeros(1, k + 2, 4, 4), torch.zeros(1, k)),
+            r"masks \[1, 7\] and presence \[1, 5\] for one image and 5 phrasings; return mask_logits \[1, 5, H, W\]",
+        ),
     ],
 )
 def test_models_from_outside_that_misbehave(bank, output, message):
@@ -179,3 +183,42 @@ def test_a_level_without_phrasings_and_records_without_columns(bank, records):
         pg.evaluate(ByLength(), Images(), bank, levels=("low",), quiet=True)
     with pytest.raises(SettingsError, match="have no column 'dice'; use the table that evaluate"):
         pg.robustness(records.drop(columns="dice"))
+
+
+def test_a_model_without_a_name_and_a_bank_without_foils_are_refused_at_once(bank):
+    asked = []
+    model = type("Own", (), {"predict": lambda self, image, prompts: asked.append(image)})()
+    with pytest.raises(ModelError, match=r"Own has no name, which every record shows; set one: model\.name = 'ours'"):
+        pg.evaluate(model, Images(), bank, quiet=True)
+    model.name = "ours"
+    with pytest.raises(BankError, match="bank 'tiny' has no foils for any of all, dead; add some first"):
+        pg.evaluate(model, Images(), bank, split="foils", quiet=True)
+    assert not asked
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_may_answer_in_half_precision(bank, records, dtype):
+    class Half(ByLength):
+        def predict(self, image, prompts):
+            output = super().predict(image, prompts)
+            return pg.SegmentationOutput(output.mask_logits.to(dtype), output.presence_logits.to(dtype))
+
+    found = pg.evaluate(Half(), Images(), bank, levels=("low",), split="train", quiet=True)
+    pd.testing.assert_frame_equal(found.drop(columns="presence"), records.drop(columns="presence"))
+    np.testing.assert_allclose(found["presence"], records["presence"], atol=0.01)
+
+
+def test_two_models_of_one_name_are_not_averaged(records):
+    other = records.assign(dice=records["dice"] / 2)
+    both = pd.concat([records, other])
+    with pytest.raises(SettingsError, match=r"records of segmenter by-length, target all hold two answers to 'nuclei'"):
+        pg.robustness(both)
+    named = pd.concat([records.assign(method="one"), other.assign(method="other")])
+    assert pg.robustness(named, by=("method", "target"))["mean"].iloc[0] == pg.robustness(records)["mean"].iloc[0]
+
+
+def test_an_image_may_be_called_by_a_number_or_with_an_at(records):
+    plain = pg.robustness(records)
+    for names in ({"slide0@0,0": 7, "slide1@0,0": 8}, {"slide0@0,0": "a@20x_0", "slide1@0,0": "a@20x_1"}):
+        found = pg.robustness(records.assign(image=records["image"].map(names)))
+        pd.testing.assert_frame_equal(found, plain)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import threading
@@ -14,9 +15,9 @@ import torch
 from tiny_models import save_tiny_sam3
 
 import pgseg_lite as pg
-from pgseg_lite import experiments, keys, runner
+from pgseg_lite import experiments, keys, runner, training
 from pgseg_lite.cli import main
-from pgseg_lite.errors import ModelError, SettingsError, TrainingError
+from pgseg_lite.errors import Diverged, ModelError, SettingsError, TrainingError
 from pgseg_lite.experiments import EXPERIMENTS, FULL, Data, Experiment, Test, make_run, runs
 from pgseg_lite.results import load_result
 
@@ -413,3 +414,32 @@ def test_no_run_but_lite_at_lite_can_replace_a_table_of_the_book():
     assert names.count("table1") == 1 and len(set(names)) == 6
     assert experiments.result_name("table1", "lite", None) == "table1"
     assert experiments.result_name("table1", "full", None) == "table1_full" == names[5]
+
+
+def test_a_process_takes_one_of_the_gpus_that_are_ours(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")  # as a cluster hands them out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with runner.workers(1, None) as (pool, _):
+        assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "4"
+
+
+def test_checkpoints_that_cannot_be_read_are_no_outcome(tiny, tmp_path, monkeypatch):
+    """Only a loss that diverges is one: anything else may be otherwise the next time, so nothing is thrown away."""
+    run = runs(tiny, "smoke")[0]
+
+    def unreadable(*_, **__):
+        raise TrainingError("none of the 2 checkpoints can be read; start in another folder")
+
+    monkeypatch.setattr(training, "train", unreadable)
+    (tmp_path / "key" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="none of the 2 checkpoints"):
+        runner.execute(run, "key", [], tmp_path)
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["checkpoint-2"]
+
+    def diverging(*_, **__):
+        raise Diverged("the loss is NaN")
+
+    monkeypatch.setattr(training, "train", diverging)
+    runner.execute(run, "key", [], tmp_path)
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["finished.json"]
+    assert json.loads((tmp_path / "key" / "finished.json").read_text())["failed"] == "the loss is NaN"

@@ -218,3 +218,14 @@ def test_a_run_s_default_loss_is_the_default_loss():
 def test_shapes_that_do_not_fit():
     with pytest.raises(SettingsError, match=r"mask \[2, 4, 4\]; expected \[B, K, H, W\], \[B, K\], \[B, H, W\]"):
         GroupLoss()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3), torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_have_the_loss_of_float32(dtype):
+    """A sum over a large mask leaves fp16's range, and in bf16 it loses its digits."""
+    logits = torch.full((1, 2, 512, 512), 4.0)
+    presence, mask = torch.full((1, 2), 3.0), torch.ones(1, 512, 512, dtype=torch.bool)
+    loss = GroupLoss()
+    expected, found = loss(logits, presence, mask), loss(logits.to(dtype), presence.to(dtype), mask)
+    torch.testing.assert_close(found.total, expected.total)
+    assert found.total.dtype == torch.float32

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pgseg_lite as pg
 from pgseg_lite.errors import ModelError, SettingsError
@@ -73,8 +74,28 @@ def test_a_phrasing_is_embedded_once_ever(cache, monkeypatch):
 
 def test_a_damaged_cache_is_embedded_again(cache):
     before = TextEncoder().encode(["nuclei"])
-    next(cache.iterdir()).write_bytes(b"not an archive")
+    (kept,) = cache.iterdir()
+    kept.write_bytes(b"no data base")
     torch.testing.assert_close(TextEncoder().encode(["nuclei"]), before)
+    assert kept.read_bytes().startswith(b"SQLite")
+
+
+def test_without_a_place_to_keep_anything_there_is_a_word_and_an_answer(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PGSEG_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="phrasings cannot be kept here .*; set PGSEG_CACHE to a folder"):
+        assert TextEncoder().encode(["nuclei"]).shape == (1, 384)
+
+
+def test_what_was_asked_for_cannot_be_read_in_the_cache(cache):
+    TextEncoder().encode(["nuclei of Jane Doe"])
+    assert b"Jane" not in b"".join(path.read_bytes() for path in cache.iterdir())
+
+
+def test_a_text_beyond_the_encoder_s_limit_is_refused(small, cache):
+    with pytest.raises(ModelError, match=r"'nuclei nuclei .*'\.\.\. has 302 tokens of at most 256; shorten it"):
+        small.encode_text(["all", "nuclei " * 300])
+    assert len(small.encode_text(["the large and well outlined nuclei " * 8])) == 1  # long, but not too long
 
 
 def test_token_lengths_count_start_and_end(cache):
@@ -311,3 +332,32 @@ def test_bad_load_requests(arguments, message):
 def test_bad_images_and_prompts(small, image, prompts, message):
     with pytest.raises(ModelError, match=message):
         small.predict(image, prompts)
+
+
+def test_flipped_and_read_only_images_are_taken_and_unequal_ones_refused(small, image):
+    expected = small.predict(image, ["nuclei"]).mask_logits
+    flipped = np.ascontiguousarray(image[..., ::-1])[..., ::-1]  # as OpenCV's BGR turned round
+    assert flipped.strides[-1] < 0
+    torch.testing.assert_close(small.predict(flipped, ["nuclei"]).mask_logits, expected)
+    image.flags.writeable = False
+    torch.testing.assert_close(small.predict(image, ["nuclei"]).mask_logits, expected)
+    for images in ([image, image[:32]], []):
+        with pytest.raises(ModelError, match=r"\d images of one size are needed"):
+            small.predict(images, ["nuclei"])
+
+
+def test_pickled_weights_are_never_read(tmp_path):
+    """Some other safetensors file lies beside them: transformers would take the pickle without a word."""
+    from transformers import BertConfig, BertModel
+
+    from pgseg_lite.models.access import fetch, load_model
+
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = BertModel(config)
+    config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    save_file({"other": torch.zeros(1)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ModelError, match=r"BertModel cannot be read"):
+        load_model(BertModel, fetch(tmp_path, ("bert",)))
+    model.save_pretrained(tmp_path)
+    assert isinstance(load_model(BertModel, fetch(tmp_path, ("bert",))), BertModel)

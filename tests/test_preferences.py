@@ -16,7 +16,7 @@ from pgseg_lite import paper, studies
 from pgseg_lite.errors import ModelError, ResultError, SettingsError
 from pgseg_lite.models.lite import LiteConfig, LiteSegmenter
 from pgseg_lite.preferences import candidates, group, outcome, sources, stages, study
-from pgseg_lite.preferences.loss import PreferenceLoss, coefficients, log_likelihood, ratings
+from pgseg_lite.preferences.loss import GRADINGS, READINGS, PreferenceLoss, coefficients, log_likelihood, ratings
 from pgseg_lite.preferences.stages import Asked, Preferences, StageSettings
 
 
@@ -432,3 +432,15 @@ def test_the_paper_s_figures_are_data():
     assert {"table", "setting", "dice"} <= {*frame} and frame.attrs["source"]
     by = frame.set_index("setting")["dice"]
     assert by["ranking"] > by["rating"] > by["best candidate only"]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("grading", GRADINGS)
+def test_the_loss_makes_every_tensor_where_its_input_is(reading, grading):
+    """Without a GPU the device that holds no numbers shows it: whatever is made elsewhere does not fit."""
+    meta = dict(device="meta")
+    logits, scores = torch.zeros(2, 8, 8, **meta), torch.zeros(2, 4, **meta)
+    loss = PreferenceLoss(reading=reading, grading=grading)
+    grades = candidates.flip(loss.grade(scores), 0.5, np.random.default_rng(0))
+    assert loss(logits, logits, candidates.by_threshold(logits), grades).total.device.type == "meta"
+    assert stages.inside(torch.zeros(2, 3, 8, 8, **meta), [None, (1, 2, 3, 4)]).device.type == "meta"

@@ -1,23 +1,27 @@
 """Training through the real Trainer: determinism, kill and resume, two processes, and what bad input gets."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import pgseg_lite as pg
 from pgseg_lite.augment import augment, mirrored
-from pgseg_lite.errors import BankError, SettingsError, TrainingError
+from pgseg_lite.errors import BankError, Diverged, SettingsError, TrainingError
 from pgseg_lite.models.lite import LiteConfig, LiteSegmenter
-from pgseg_lite.training import GroupDataset, newest_whole_checkpoint
+from pgseg_lite.training import GroupDataset, newest_whole_checkpoint, training_arguments
 
 TINY = pg.TrainSettings(steps=6, batch_size=2, view=64, save_every=2, precision="fp32")
 
@@ -207,6 +211,7 @@ def test_resume_steps_over_a_half_written_checkpoint(data, bank, tmp_path):
     assert newest_whole_checkpoint(tmp_path / "run") == newest
     content = (newest / "optimizer.pt").read_bytes()
     (newest / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "run" / "checkpoint-best").mkdir()  # somebody's own copy
     assert newest_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"")
     with pytest.raises(TrainingError, match="none of the 2 checkpoints can be read; start in another folder"):
@@ -227,15 +232,22 @@ def test_nan_stops_the_run_and_names_the_phrasing(data, bank, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"k": 0}, "k is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0; it must be a whole number and at least 1"),
+        ({"k": 0}, "k is 0; it must be a whole number and at least 1"),
         ({"view": 100}, "view is 100; it must be a multiple of 16"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number and at least 1"),
+        ({"seed": -1}, "seed is -1; it must be a whole number and at least 0"),
+        ({"workers": -1}, "workers is -1; it must be a whole number and at least 0"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above zero"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be above zero and finite"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be zero or more"),
         ({"warmup": 1.0}, "warmup is 1.0; it is a share of the steps"),
         ({"wording": "free"}, "wording 'free' is unknown; choose one of groups, fixed"),
         ({"precision": "int4"}, "precision 'int4' is unknown; choose one of auto"),
         ({"precision": "fp16", "device": "cpu"}, "precision fp16 needs a GPU; use bf16 or fp32"),
         ({"device": "cuda"}, "device is cuda, but PyTorch finds no GPU here; use cpu"),
+        ({"device": "cuda:1"}, "device is 'cuda:1'; choose cpu or cuda, and the GPU itself by CUDA_VISIBLE_DEVICES"),
+        ({"model": torch.nn.Linear(1, 1)}, "Linear has no encode_text, so it cannot be trained here; add it"),
         ({"wording": "fixed"}, "k is 3 with one fixed phrasing per target; set k=1"),
         ({"group": "best"}, "group reading 'best' is unknown"),
         ({"tau": -1}, "tau is -1; a temperature must be above zero"),
@@ -296,3 +308,47 @@ def test_half_precision_has_the_loss_and_the_gradients_of_fp32(dtype):
     assert half_gradient.isfinite().all()
     assert half_loss == pytest.approx(loss, rel=0.02)
     assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.98
+
+
+def test_a_checkpoint_of_a_gpu_is_read_where_there_is_none(data, bank, tmp_path, monkeypatch):
+    pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True)
+    optimizer = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
+    state = torch.load(optimizer, weights_only=True)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as a GPU's run writes it
+    torch.save(state, optimizer)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(optimizer, weights_only=True)
+    assert newest_whole_checkpoint(tmp_path / "run") == optimizer.parent
+
+
+def test_a_damaged_record_of_a_run(data, bank, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"steps": 6')
+    with pytest.raises(TrainingError, match=r"run\.json: damaged .*; start in another folder"):
+        pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True, resume=True)
+
+
+def test_a_resumed_run_may_suit_another_machine(data, bank, tmp_path):
+    pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    pg.train(data, bank, tmp_path / "run", TINY, model=tiny_model(), quiet=True, resume=True, save_every=3, workers=1)
+    pg.train(data, bank, tmp_path / "whole", TINY, model=tiny_model(), quiet=True)
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_weights_that_the_last_step_spoils_are_not_saved(data, bank, tmp_path):
+    wild = replace(TINY, steps=1, learning_rate=1e38, weight_decay=1e38, warmup=0.0)
+    with pytest.raises(Diverged, match="the weights became NaN or infinite; lower the learning rate"):
+        pg.train(data, bank, tmp_path / "run", wild, model=tiny_model(), quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_several_gpus_without_torchrun_are_one(tmp_path, monkeypatch):
+    """The Trainer would wrap the model in nn.DataParallel, which cannot put our output together again."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 4))
+    assert training_arguments(tmp_path, TINY).n_gpu == 1
+
+
+def test_a_process_that_may_have_no_children_loads_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})  # as Dask starts its own
+    assert training_arguments(tmp_path, replace(TINY, workers=4)).dataloader_num_workers == 0

@@ -6,6 +6,7 @@ A source is any object with name, targets, ids, shape(id) -> (H, W), from a head
 import copy
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,11 @@ class Sample:
     def nbytes(self) -> int:
         arrays = (self.image, *self.masks.values(), self.instances)
         return sum(array.nbytes for array in arrays if array is not None)
+
+
+def source_of(id: str) -> str:
+    """The image that a tile was cut from; an image's own name may have an @ in it."""
+    return re.sub(r"@\d+,\d+$", "", id)
 
 
 def tile_starts(length: int, tile: int) -> list[int]:

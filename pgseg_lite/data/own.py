@@ -51,6 +51,8 @@ def open_coco(name: str, root: Path, split: str, annotations) -> FileSource:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         images = {i["id"]: (str(i["file_name"]), (i["height"], i["width"])) for i in content["images"]}
+        if len(images) < len(content["images"]):
+            raise DataError(f"{path}: two images have the same id, as where exports were joined; number them anew")
         names = {c["id"]: str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
         for a in content["annotations"]:
             where = f"{path}: annotation {a['id']}"
@@ -67,7 +69,10 @@ def open_coco(name: str, root: Path, split: str, annotations) -> FileSource:
         here = next((place for place in (root / file, root / "images" / file) if place.is_file()), None)
         if here is None:
             raise DataError(f"{path}: the image {file} is neither in root nor in its folder images; correct the names")
-        files[str(PurePosixPath(file).with_suffix(""))] = (here, (size, drawn[number]))
+        name_here = str(PurePosixPath(file).with_suffix(""))
+        if name_here in files:
+            raise DataError(f"{path}: two images are called {name_here}; give each its own file name and one entry")
+        files[name_here] = (here, (size, drawn[number]))
     return FileSource(name, targets, files, partial(decode_coco, targets))
 
 

@@ -18,7 +18,8 @@ from .chest import load_films, phantoms
 from .promptable import Promptable, train_promptable
 from .regressor import Regressor, score, true_dice
 
-CODE = ("evolve", "models/sam2", "models/lite", "models/text", "metrics", "evaluation", "prompts", "data", "banks")
+CODE = ("evolve", *(f"models/{name}" for name in ("sam2", "base", "lite", "text")), "metrics", "evaluation", "prompts",
+        "data", "banks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ CELLS = {
 MODELS = {"one fixed phrasing": "fixed", "prompt groups": "group"}  # the bundled checkpoints of lite
 
 
+def films_of(profile):
+    counts = zip(("train", "val", "test"), SIZES[profile].films, strict=True)
+    return [load_films(split, count, profile) for split, count in counts]
+
+
 def measure(cell, seed, profile, folder):
     size, cell = SIZES[profile], dict(cell)
     part = cell.pop("part")
@@ -62,8 +68,7 @@ def measure(cell, seed, profile, folder):
         return measure_wording(cell["target"], seed, size)
     torch.manual_seed(seed)
     model = promptable(size, seed, folder)
-    counts = zip(("train", "val", "test"), size.films, strict=True)
-    films = [load_films(split, count, profile) for split, count in counts]
+    films = films_of(profile)
     test = points.encode(model, films[2])
     if part == "heat-map":
         table, used = heat_map(model, test), films[2:]
@@ -230,4 +235,11 @@ def mean_with_interval(rows, column, resamples=2000, seed=0):
     return float(cube.mean()), float(low), float(high)
 
 
-STUDY = Study("a point evolved by a learned score, with and without a safeguard, and a wording", measure, CELLS, CODE)
+STUDY = Study(
+    about="a point evolved by a learned score, with and without a safeguard, and a wording",
+    measure=measure,
+    cells=CELLS,
+    code=CODE,
+    checkpoints=(*MODELS.values(),),
+    data=films_of,
+)

@@ -32,7 +32,7 @@ def small_masks(masks):
 def ask(model, image, texts):
     """One image, P phrasings -> masks bool [P, H, W], presence probabilities [P]."""
     answer = model.predict(image, texts)
-    return answer.masks[0].cpu().numpy(), answer.presence_logits[0].sigmoid().cpu().numpy()
+    return answer.masks[0].cpu().numpy(), answer.presence_logits[0].float().sigmoid().cpu().numpy()
 
 
 def inside_and_outside(bank, target):

@@ -110,7 +110,7 @@ def of_transformers(*names):
 
 def load_model(kind, folder, dtype=torch.float32):
     """A model with every one of its tensors read from the folder."""
-    model, report = load_part(kind, folder, dtype=dtype, output_loading_info=True)
+    model, report = load_part(kind, folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     if report["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(report["missing_keys"])
         said = f"{len(missing)} tensors are missing, {missing[0]} among them"

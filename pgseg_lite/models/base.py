@@ -42,6 +42,8 @@ class Segmenter(Protocol):
 
 def as_batch(images):
     """uint8 [B, H, W, 3] from one image, a list of equally large ones, or a batch."""
+    if isinstance(images, (list, tuple)) and len({np.shape(image) for image in images}) != 1:
+        raise ModelError(f"{len(images)} images of one size are needed, as one batch; ask for others one at a time")
     batch = np.stack(images) if isinstance(images, (list, tuple)) else np.asarray(images)
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
@@ -49,7 +51,8 @@ def as_batch(images):
             f"an image must be uint8 of shape [height, width, 3], got {batch.dtype} {list(batch.shape)}; "
             "convert it first, for instance with PIL's convert('RGB')"
         )
-    return batch
+    # torch takes neither a flipped view, such as OpenCV's image[:, :, ::-1], nor, without a warning, what is read-only.
+    return np.require(batch, requirements=["C", "W"])
 
 
 def check_prompts(prompts):

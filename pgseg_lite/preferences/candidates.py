@@ -29,7 +29,7 @@ def flip(grades, share, generator):
     """
     if not 0 <= share <= 1:
         raise SettingsError(f"the share of flipped verdicts is {share}; give a number from 0 to 1")
-    wrong = torch.from_numpy(generator.random(len(grades)) < share)
+    wrong = torch.from_numpy(generator.random(len(grades)) < share).to(grades.device)
     return torch.where(wrong[:, None], -grades, grades)
 
 
@@ -40,11 +40,11 @@ def with_rater(rater):
         each = len(candidates) // len(asked.images)  # requests of one image stand together
         found = [
             [float(rater(asked.images[n // each], mask)) for mask in masks]
-            for n, masks in enumerate(candidates.numpy())
+            for n, masks in enumerate(candidates.cpu().numpy())
         ]
         if not np.isfinite(found).all():
             raise SettingsError("the rater gave a score that is not a number; let it return a float from 0 to 1")
-        return torch.tensor(found)
+        return torch.tensor(found, device=candidates.device)
 
     return score
 

@@ -30,7 +30,7 @@ def with_group(asked, candidates):
     scores = torch.stack(
         [overlap(candidates, answers[:, other].repeat_interleave(k, 0)) for other in range(k)], dim=-1
     )  # [M * K, C, K]
-    own = torch.eye(k, dtype=torch.bool).repeat(groups, 1)[:, None]  # [M * K, 1, K]
+    own = torch.eye(k, dtype=torch.bool, device=scores.device).repeat(groups, 1)[:, None]  # [M * K, 1, K]
     return scores.masked_fill(own, 0).sum(-1) / (k - 1)
 
 

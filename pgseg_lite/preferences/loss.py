@@ -28,7 +28,7 @@ def log_likelihood(logits, masks):
 
 def ratings(scores):
     """Scores from 0 to 1 -> the annotator's scale of 1 to 4. [N, C]"""
-    return 1 + torch.bucketize(scores, torch.tensor(EDGES, dtype=scores.dtype), right=True)
+    return 1 + torch.bucketize(scores, scores.new_tensor(EDGES), right=True)
 
 
 def coefficients(scores, grading="ranking", beta1=1.0, beta2=0.5):
@@ -91,8 +91,8 @@ class PreferenceLoss:
     def pixels(self, candidates):
         """What the sum over pixels is divided by, [N]."""
         if self.reading == "sum":
-            return torch.ones(len(candidates))
+            return torch.ones(len(candidates), device=candidates.device)
         if self.reading == "mean":
-            return torch.full((len(candidates),), float(candidates[0, 0].numel()))
+            return torch.full((len(candidates),), float(candidates[0, 0].numel()), device=candidates.device)
         differ = candidates.any(1) & ~candidates.all(1)  # [N, H, W]
         return differ.sum((-2, -1)).clamp_min(1).float()

@@ -22,7 +22,7 @@ def with_regressors(model, labelled, bank, settings, views, epochs):
 
     def score(asked, candidates):
         targets, k = len(found), asked.reference.shape[1]
-        images, masks = in_unit_range(asked.images), candidates.unflatten(0, (len(asked.images), targets, k))
+        images, masks = in_unit_range(asked.images), candidates.cpu().unflatten(0, (len(asked.images), targets, k))
         scores = torch.zeros(masks.shape[:4])  # [B, G, K, C]
         for g, regressor in enumerate(found):
             if regressor is None:
@@ -30,7 +30,7 @@ def with_regressors(model, labelled, bank, settings, views, epochs):
             own = masks[:, g].flatten(0, 2)  # [B * K * C, H, W]
             shown = images.repeat_interleave(len(own) // len(images), 0)
             scores[:, g] = guess(regressor, shown, own).reshape(scores[:, g].shape)
-        return scores.flatten(0, 2)
+        return scores.flatten(0, 2).to(candidates.device)
 
     return score
 
@@ -39,12 +39,13 @@ def with_regressors(model, labelled, bank, settings, views, epochs):
 def examples(model, labelled, bank, settings, views):
     """For each target: images [M, 3, H, W], masks bool [M, H, W], their Dice [M], and the view [M] of each."""
     dataset, rng = GroupDataset(labelled, bank, settings, views), np.random.default_rng([settings.seed, 3])
-    collate, rows = Collator(model.encode_text(dataset.texts)), [[] for _ in labelled.targets]
+    collate, rows = Collator(model.encode_text(dataset.texts).cpu()), [[] for _ in labelled.targets]
     for index in range(views):
         item = dataset[index]
         batch = collate([item])
-        logits = model(batch["pixel_values"], batch["text_features"]).mask_logits[0]  # [G * K, H, W]
-        answers = by_threshold(logits).unflatten(0, (len(rows), -1)).flatten(1, 2).numpy()  # [G, K * C, H, W]
+        pixels, features = (batch[name].to(model.device) for name in ("pixel_values", "text_features"))
+        logits = model(pixels, features).mask_logits[0]  # [G * K, H, W]
+        answers = by_threshold(logits).unflatten(0, (len(rows), -1)).flatten(1, 2).cpu().numpy()  # [G, K * C, H, W]
         for own, truth, answered in zip(rows, item["masks"], answers, strict=True):
             if not truth.any() or truth.all():  # nothing to rank
                 continue

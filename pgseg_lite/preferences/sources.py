@@ -111,7 +111,7 @@ class Fused:
         regions = [refine(image, self.saliency(image, "cell nuclei")) for image in images]
         if self.answers:
             said = self.encode([self.answer(image, region) for image, region in zip(images, regions, strict=True)])
-            said = said[:, None].expand_as(features)
+            said = said.to(features.device)[:, None].expand_as(features)
             features = F.normalize(features + said, dim=-1) if self.description else said
         return features, [box_of(region) for region in regions] if self.box else None
 

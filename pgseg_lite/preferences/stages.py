@@ -18,7 +18,6 @@ from ..training import Collator, GroupDataset
 from .candidates import THRESHOLDS, by_threshold, flip, with_truth
 from .loss import PreferenceLoss
 
-FRACTIONS = (0.1, 0.2, 0.3, 0.5)  # of the images whose labels the first stage sees
 FOCAL, DICE = 20.0, 1.0
 
 
@@ -87,13 +86,14 @@ def _learn(model, reference, parameters, data, bank, settings, lesson, prompts):
         steps=settings.steps, batch_size=settings.batch_size, view=settings.view, k=settings.k, seed=settings.seed
     )
     views = GroupDataset(data, bank, how, settings.steps * settings.batch_size)
-    table = model.encode_text(views.texts)
+    table = model.encode_text(views.texts).cpu()
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=how.weight_decay)
     generator = np.random.default_rng([settings.seed, 2])
     torch.manual_seed(settings.seed)
     for step, batch in enumerate(DataLoader(views, settings.batch_size, collate_fn=Collator(table))):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         total = lesson(ask(model, reference, batch, generator, prompts))
         if not torch.isfinite(total):
             raise TrainingError(f"the loss became {total.item()} at step {step}; lower the learning rate")
@@ -109,7 +109,7 @@ def ask(model, reference, batch, generator, prompts=None):
     """The answers of the model, and of its reference, to one batch."""
     b, g, k = batch["text_ids"].shape
     pixels, features, boxes = batch["pixel_values"], batch["text_features"], None
-    images = list(((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy())
+    images = list(((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
     if prompts:
         features, boxes = prompts(features, images)
 
@@ -126,7 +126,7 @@ def ask(model, reference, batch, generator, prompts=None):
 
 def inside(logits, boxes):
     """Nothing is marked outside a box: [B, K, H, W] with a box (top, left, bottom, right) or None an image."""
-    kept = torch.zeros(len(logits), 1, *logits.shape[-2:], dtype=torch.bool)
+    kept = torch.zeros(len(logits), 1, *logits.shape[-2:], dtype=torch.bool, device=logits.device)
     for n, box in enumerate(boxes):
         top, left, bottom, right = box or (0, 0, *logits.shape[-2:])
         kept[n, :, top:bottom, left:right] = True

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.dataset import source_of
 from ..evaluation import choose
 from ..experiments import CONSEP, START, Data
 from ..keys import TRAINS, code_digest, code_of, hash_of
@@ -70,8 +71,8 @@ def trained_first(cell, labelled, bank, prompts, seed, profile, folder):
     decides = [asdict(settings), group, cell.get("prompts"), labelled.digest, bank.digest, code_digest(CODE)]
     kept = folder / f"first-{hash_of(decides)}"
     if (kept / "config.json").exists():
-        return load_segmenter("lite", kept, "cpu")
-    model = load_segmenter("lite", START, "cpu")
+        return load_segmenter("lite", kept)
+    model = load_segmenter("lite", START)
     stages.first_stage(model, labelled, bank, settings, prompts, loss).save_pretrained(kept)
     return model
 
@@ -106,7 +107,7 @@ def images(profile):
     """What is learnt from, and the tiles of the test images, evenly spaced within each."""
     test, by_image = Data("consep", options=dict(tile=128)).at(profile).load(), {}
     for name in test.ids:
-        by_image.setdefault(name.split("@")[0], []).append(name)
+        by_image.setdefault(source_of(name), []).append(name)
     test.ids = tuple(own[i] for own in by_image.values() for i in evenly(len(own), TILES[profile]))
     return CONSEP.at(profile).load(), test
 
@@ -131,14 +132,14 @@ def judged(model, data, bank, split, per_level, prompts=None):
             if not sample.masks[target].any():
                 continue
             own, truth = p[start : start + len(texts[target])], pack(sample.masks[target])
-            masks = {cut: pack((own > cut).numpy()) for cut in CUTS}
+            masks = {cut: pack((own > cut).cpu().numpy()) for cut in CUTS}
             fits = {f"dice_{100 * cut:.0f}": dice(packed, truth).mean() for cut, packed in masks.items()}
             agreement = group_agreement(masks[GIVEN]).mean()
-            rows.append(dict(image=sample.id.split("@")[0], target=target, agreement=agreement) | fits)
+            rows.append(dict(image=source_of(sample.id), target=target, agreement=agreement) | fits)
     return pd.DataFrame(rows).groupby(["image", "target"], sort=False).mean().reset_index().round(4)
 
 
-CODE = (*TRAINS, *code_of("lite"), "metrics",
+CODE = (*TRAINS, *code_of("lite"), "metrics", "evaluation",
         *(f"preferences/{name}" for name in ("loss", "candidates", "group", "rater", "stages", "sources", "study")),
         "evolve/regressor")  # fmt: skip
 STUDY = Study(
@@ -146,4 +147,6 @@ STUDY = Study(
     measure=measure,
     cells=CELLS,
     code=CODE,
+    checkpoints=(START,),
+    data=images,
 )

@@ -17,7 +17,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import tables
-from ..errors import BankError, DataError, SettingsError, TrainingError
+from ..data.dataset import source_of
+from ..errors import BankError, DataError, Diverged, SettingsError, TrainingError
 from ..experiments import FOUR, FULL, HELD_OUT, LEARNERS, SEG
 from ..models import load_segmenter
 from ..training import GroupDataset, fingerprint, train
@@ -146,7 +147,7 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
         if not (home / "records.csv").exists():
             try:
                 execute(home, start(), rest, held, bank, replace(settings, seed=seed, **FOUR[method]), per_level, quiet)
-            except TrainingError as error:  # a loss that diverges is an outcome
+            except Diverged as error:  # an outcome
                 failed[run] = str(error)
             spent.append(time.perf_counter() - began)
             left = (len(grid) - done) * sum(spent) / len(spent)
@@ -191,7 +192,7 @@ def divide(data, bank, settings, seeds, held_out, per_level):
 
 
 def sources(data):
-    return {name.split("@")[0] for name in data.ids}  # tiles `source@y,x` of one image count once
+    return {source_of(name) for name in data.ids}  # tiles `source@y,x` of one image count once
 
 
 def read_images(home):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..data.dataset import source_of
 from ..evaluation import resample, robustness, with_interval
 
 ALL_LEVELS = "any"  # a target's phrasings of all levels as one group
@@ -77,7 +78,7 @@ def figure(name, values, resamples=1000, seed=0):
 
 def sources(wide):
     """Source images with a value, for each column: tiles `source@y,x` of one image count once."""
-    return wide.notna().groupby(wide.index.str.split("@").str[0]).any().sum().to_numpy()
+    return wide.notna().groupby(wide.index.map(source_of)).any().sum().to_numpy()
 
 
 def simultaneous(wide, resamples=2000, seed=0, level=0.95):
