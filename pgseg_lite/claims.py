@@ -24,7 +24,8 @@ def load():
     for chapter, listed in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         shared = listed.pop("shared", {})  # what all claims of this chapter have in common
         for name, claim in listed.items():
-            entry = {"chapter": chapter} | shared | claim | {"where": shared.get("where", {}) | claim.get("where", {})}
+            entry = {"chapter": chapter, "column": "value"} | shared | claim
+            entry |= {"where": shared.get("where", {}) | claim.get("where", {})}
             if missing := [field for field in FIELDS if not entry.get(field) and entry.get(field) != 0]:
                 raise ResultError(f"{path}: claim {name} lacks {', '.join(missing)}; add what is missing")
             entries[name] = entry
