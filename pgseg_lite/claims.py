@@ -6,12 +6,13 @@ figure belongs; the claims page lists them all, and a test recomputes what the p
 
 from functools import cache
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from .errors import ResultError
 from .results import find_result, load_result
-from .tables import compare
+from .tables import compare, cube, tasks
 
 FIELDS = ("says", "result", "where", "show", "tolerance")
 
@@ -23,7 +24,8 @@ def load():
     for chapter, listed in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         shared = listed.pop("shared", {})  # what all claims of this chapter have in common
         for name, claim in listed.items():
-            entry = {"chapter": chapter} | shared | claim | {"where": shared.get("where", {}) | claim.get("where", {})}
+            entry = {"chapter": chapter, "column": "value"} | shared | claim
+            entry |= {"where": shared.get("where", {}) | claim.get("where", {})}
             if missing := [field for field in FIELDS if not entry.get(field) and entry.get(field) != 0]:
                 raise ResultError(f"{path}: claim {name} lacks {', '.join(missing)}; add what is missing")
             entries[name] = entry
@@ -51,6 +53,27 @@ def value(claim):
     if len(table) != 1:
         raise ResultError(f"{claim['result']}: {len(table)} rows fit {where}; a claim needs exactly one")
     return table[claim.get("column", "value")].iloc[0]
+
+
+def bounds(claim):
+    """Floor and ceiling of the tolerance of a mean or a difference, in the unit of the figure.
+
+    Floor: the standard deviation between the figure and its like from as many other seeds. Ceiling: half the width of
+    its 95 % interval.
+    """
+    difference = claim["column"] == "difference"
+    where = {"measure": "dice", "level": "any"} | claim["where"]
+    methods = [where.pop("method")] + [claim["reference"]] * difference
+    measure, task = where.pop("measure"), where.pop("task")
+    rows = load_result(claim["result"])
+    for column, wanted in where.items():
+        rows = rows[rows[column] == wanted]
+    sides = [cube(rows[rows["method"] == method], measure) for method in methods]
+    by_seed = [tasks(sums.sum(1), counts.sum(1))[task] for sums, counts in sides]
+    seeds = 100 * np.subtract.reduce(by_seed)  # a value a seed; of one side alone, that side
+    ends = (f"difference_{end}" if difference else end for end in ("low", "high"))
+    low, high = (value(claim | {"column": end}) for end in ends)
+    return float(seeds.std(ddof=1) * np.sqrt(2 / len(seeds))), float((high - low) / 2)
 
 
 def table(chapter=None):
