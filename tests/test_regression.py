@@ -227,6 +227,9 @@ def test_a_model_that_answers_otherwise_is_another_model(tmp_path):
     models.append(adapt(trained))
     found = [model.fingerprint for model in models]
     assert len(set(found)) == len(found)
+    plain = torch.nn.Module()  # from outside, with attributes that mean something else
+    plain.name, plain.hidden, plain.predict = "plain", 64, lambda image, prompts: None
+    assert adapt(plain).fingerprint == adapt(plain).fingerprint
     again = [adapt("sam3", sam3, "cpu", serial=True), adapt("grounded-sam2", str(grounded), "cpu")]
     assert again[0].fingerprint == found[0] and again[1].fingerprint == found[-2]  # which is no chance
 

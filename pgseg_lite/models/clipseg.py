@@ -72,7 +72,7 @@ class ClipSegSegmenter(TiledSegmenter):
         self.input_size = size["height"] if isinstance(size, dict) else size  # 352
 
     @property
-    def hidden(self):
+    def kept_outside(self):
         return [self.preprocessing]
 
     def forward(self, pixel_values, text_features):

@@ -57,7 +57,7 @@ class GroundedSam2Segmenter(TiledSegmenter):
         return self.detector.text
 
     @property
-    def hidden(self):
+    def kept_outside(self):
         return self.detector.parts
 
     def _apply(self, *args, **kwargs):

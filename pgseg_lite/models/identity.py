@@ -7,9 +7,9 @@ import torch
 
 
 def fingerprint(model):
-    """12 hex digits for the weights, and for what `hidden` lists: modules and values that no state dict holds."""
+    """12 hex digits for the weights, and for what `kept_outside` lists: modules and values not in the state dict."""
     digest = hashlib.sha256()
-    for part in (model, *getattr(model, "hidden", ())):
+    for part in (model, *getattr(model, "kept_outside", ())):
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
