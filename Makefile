@@ -1,7 +1,7 @@
 # Every command that a person needs. Each makes .venv by itself when it is missing or out of date.
 PYTHON  ?= python3
 PROFILE ?= lite
-JOBS    ?= 1
+JOBS    ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY   := .venv/.installed
 
@@ -14,8 +14,8 @@ stage = @start=$$(date +%s); printf '==> %s\n' '$(1)'; $(2) && printf '    %s to
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-book: $(READY)  ## run the notebooks (PROFILE=smoke|lite|full, JOBS=1) and build the HTML from what they printed
-	$(call stage,notebooks at the $(PROFILE) profile,pgseg book execute --profile $(PROFILE) --jobs $(JOBS))
+book: $(READY)  ## run the notebooks (PROFILE=smoke|lite|full, JOBS=) and build the HTML from what they printed
+	$(call stage,notebooks at the $(PROFILE) profile,pgseg book execute --profile $(PROFILE) --jobs $(or $(JOBS),1))
 	$(call stage,pages,pgseg book build --executed _build/executed)
 
 test: $(READY)  ## lint, unit tests, pairs, papermill at smoke, nbval, the book as committed, pages in Chromium
@@ -51,13 +51,18 @@ measure: $(READY)  ## measure what stands beside the experiments: a larger budge
 	python benchmarks/compute_cost.py
 
 experiments: $(READY)  ## run every experiment of the book and store its tables (needs PGSEG_DATA; PROFILE=, JOBS=)
-	for name in table1 table2 table4 table5 table5_colour causes causes_presence imprecise evolve preferences; do pgseg experiment $$name --profile $(PROFILE) --jobs $(JOBS) || exit 1; done
+	for name in table1 table2 table4 table5 table5_colour causes causes_presence; do pgseg experiment $$name --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) || exit 1; done
+	for name in imprecise evolve preferences; do pgseg experiment $$name --profile $(PROFILE) || exit 1; done
 
 bench: $(READY)  ## time the pieces side by side
 	for script in benchmarks/bench_*.py; do python "$$script" || exit 1; done
 
-clean:  ## remove what was built; .venv stays
-	rm -rf _build build *.egg-info .pytest_cache .ruff_cache
+# Finished runs may have taken days of a GPU; delete these folders by hand.
+RUNS := experiments checkpoints consep
+
+clean:  ## remove what was built; .venv stays, and so do the trained runs in _build
+	mkdir -p _build && find _build -mindepth 1 -maxdepth 1 $(RUNS:%=-not -name %) -exec rm -rf {} +
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # requirements.txt is a complete lock, so the package itself needs neither dependencies nor a build environment.

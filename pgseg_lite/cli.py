@@ -12,6 +12,9 @@ from .options import (
     add_data_options,
     add_model_options,
     add_settings,
+    check_file,
+    check_folder,
+    count,
     read_data,
     read_segmenter,
     read_settings,
@@ -37,6 +40,10 @@ def main(arguments=None):
         return args.run(args) or 0
     except PgsegError as error:
         print(f"pgseg: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # what no check could foresee, such as a disk that fills up
+        said = f"{error.filename}: {error.strerror}; see that it can be read and written" if error.filename else error
+        print(f"pgseg: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pgseg: stopped", file=sys.stderr)
@@ -91,7 +98,7 @@ def build_parser():
     experiment.add_argument(
         "--trainable", choices=TRAINABLE, help="what of sam3 is trained; at full by default full, else decoder"
     )
-    experiment.add_argument("--jobs", type=int, help="runs at a time on this machine; by default one for each GPU")
+    experiment.add_argument("--jobs", type=count, help="runs at a time on this machine; by default one for each GPU")
     experiment.add_argument(
         "--scheduler", metavar="ADDRESS", help="send the runs to the workers of this Dask scheduler"
     )
@@ -132,7 +139,7 @@ def build_parser():
     book = group(commands, "book", "execute, build and check the book (in a checkout)")
     execute = command(book, run_book_execute, "execute", "run the notebooks from the top with papermill")
     execute.add_argument("--profile", choices=PROFILES, default="lite", help="how long, how large")
-    execute.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+    execute.add_argument("--jobs", type=count, default=1, help="notebooks at a time")
     execute.add_argument("--keep", action="store_true", help="store the outputs in notebooks/ (lite only)")
     execute.add_argument("--only", default="", help="only the notebooks whose name contains this")
     build = command(book, run_book_build, "build", "build the HTML, with warnings as errors")
@@ -164,6 +171,7 @@ def command(commands, run, name, text):
 def run_train(args):
     from .training import train
 
+    check_folder(args.output, "the checkpoint")
     settings, bank = read_settings(args), PromptBank.load(args.bank)
     model = read_segmenter(args, args.start_from) if args.start_from or args.segmenter != "lite" else None
     result = train(read_data(args), bank, args.output, settings, model=model, resume=args.resume, device=args.device)
@@ -173,8 +181,8 @@ def run_train(args):
 def run_evaluate(args):
     from .evaluation import evaluate, robustness
 
-    if args.records and not args.records.parent.is_dir():
-        raise SettingsError(f"{args.records.parent}: no such folder for the records; create it first")
+    if args.records:
+        check_file(args.records, "the records")
     model, bank = read_segmenter(args, args.checkpoint), PromptBank.load(args.bank)
     per_level = PER_LEVEL[args.profile] if args.per_level is None else args.per_level
     records = evaluate(model, read_data(args), bank, args.levels, args.phrasings, per_level or None)
@@ -189,6 +197,8 @@ def run_evaluate(args):
 
 
 def run_experiment(args):
+    check_folder(args.folder, "the runs")
+    check_folder(args.output, "the tables")
     if args.name in STUDIES:
         return run_neighbour(args)
     if args.name not in (known := [*named(), *STUDIES]):
@@ -215,7 +225,8 @@ def run_experiment(args):
 def run_neighbour(args):
     from .results import save_result, stamp
 
-    refuse_options(args.name, {name: getattr(args, name) for name in ("segmenter", "start", "trainable", "scheduler")})
+    of_grids = ("segmenter", "start", "trainable", "jobs", "scheduler")
+    refuse_options(args.name, {name: getattr(args, name) for name in of_grids})
     table = run_study(args.name, args.profile, args.folder)
     record = stamp(profile=args.profile, experiment=args.name, **table.attrs["facts"])
     print(save_result(result_name(args.name, args.profile, None), table, record, args.output))
@@ -276,48 +287,60 @@ def run_data_check(args):
 def run_data_show(args):
     from .plots import show_samples
 
-    data = read_data(args)
-    show_samples([data[i] for i in range(min(4, len(data)))], data.targets).savefig(args.output, dpi=120)
+    check_file(args.output, "the picture")
+    if args.output.suffix != ".png":
+        raise SettingsError(f"{args.output}: the picture is a PNG; give a name that ends in .png")
+    data, partial = read_data(args), args.output.with_suffix(".part")
+    show_samples([data[i] for i in range(min(4, len(data)))], data.targets).savefig(partial, dpi=120, format="png")
+    partial.replace(args.output)
     print(args.output)
 
 
-def run_book_execute(args):
-    from .book import chapters, execute
+def chapters_here():
+    from .book import chapters
 
-    found = [path for path in chapters() if args.only in path.name]
+    if found := chapters():
+        return found
+    raise SettingsError("there is no notebooks/ here; run this in a checkout")
+
+
+def run_book_execute(args):
+    from .book import execute
+
+    found = [path for path in chapters_here() if args.only in path.name]
     if not found:
-        raise SettingsError(f"no notebook with {args.only!r} in its name in notebooks/; run this in a checkout")
+        raise SettingsError(f"no notebook with {args.only!r} in its name in notebooks/; correct it")
     execute(found, args.profile, jobs=args.jobs, keep=args.keep)
 
 
 def run_book_build(args):
     from .book import build, page_count
 
+    chapters_here()
     html = build(executed=args.executed)
     print(f"{page_count(html)} pages, open {(html / 'index.html').as_uri()}")
 
 
 def run_book_check(args):
-    from .book import chapters, check_pairs
+    from .book import check_pairs
 
-    problems = check_pairs(chapters())
+    problems = check_pairs(chapters_here())
     print("\n".join(problems) or "every notebook says what its .md says")
     return 1 if problems else 0
 
 
 def run_book_address(args):
-    from .book import chapters, give_address
+    from .book import give_address
 
-    if not chapters():
-        raise SettingsError("there is no notebooks/ here; run this in a checkout")
+    chapters_here()
     changed = give_address(args.repository)
     print("\n".join(map(str, changed)) or f"the book is at {args.repository} already")
 
 
 def run_book_sync(args):
-    from .book import chapters, sync
+    from .book import sync
 
-    for notebook in chapters():
+    for notebook in chapters_here():
         sync(notebook)
         print(notebook)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 from .errors import SettingsError
@@ -32,6 +33,27 @@ def read_data(args):
     return data
 
 
+def check_file(path, what):
+    """Of a file that is written at the end of long work: what would stop it then stops it now."""
+    if not path.absolute().parent.is_dir():
+        raise SettingsError(f"{path.parent}: no such folder for {what}; create it first")
+    if path.is_dir():
+        raise SettingsError(f"{path}: a folder; name a file in it for {what}")
+
+
+def check_folder(path, what):
+    """The same of a folder, which is made with those above it."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise SettingsError(f"{there}: a file; give a folder for {what}")
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def add_bank_and_device(parser):
     parser.add_argument("--bank", default="nuclei", help="a bundled prompt bank, or the path of your own")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
@@ -40,6 +62,10 @@ def add_bank_and_device(parser):
 def add_model_options(parser):
     add_bank_and_device(parser)
     parser.add_argument("--segmenter", choices=SEGMENTER_NAMES, default="lite", help="which model")
+    add_option_of_model(parser)
+
+
+def add_option_of_model(parser):
     parser.add_argument(
         "--option", type=option, action="append", metavar="NAME=VALUE", default=[],
         help="an option of that model, such as tile=336 or truncate=true for sam3; may be given again",
@@ -65,8 +91,14 @@ def option(text):
 def read_segmenter(args, checkpoint):
     from .models import load_segmenter
 
+    with options_of_model(args) as options:
+        return load_segmenter(args.segmenter, checkpoint, args.device, **options)
+
+
+@contextmanager
+def options_of_model(args):
     try:
-        return load_segmenter(args.segmenter, checkpoint, args.device, **dict(args.option))
+        yield dict(args.option)
     except TypeError as error:
         if not args.option:
             raise

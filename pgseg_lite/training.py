@@ -4,7 +4,6 @@ What is ours is small: a dataset whose item i depends on (seed, i) alone, a coll
 Resume, mixed precision, accumulation, schedules and several processes are the Trainer's.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .augment import augment
 from .errors import BankError, Diverged, ModelError, SettingsError, TrainingError
+from .models.identity import fingerprint
 from .models.lite import LiteSegmenter, to_pixel_values
 from .settings import TrainSettings
 
@@ -268,14 +268,6 @@ def describe_run(data, bank, settings, processes, model):
         }
         | getattr(model, "options", {})
     )
-
-
-def fingerprint(model):
-    """12 hex digits that stand for these weights."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
-    return digest.hexdigest()[:12]
 
 
 def prepare_output(output, run, resume):

@@ -126,6 +126,7 @@ class Service(BaseHTTPRequestHandler):
     """POST /segment as documented; other paths fail in their own ways."""
 
     failures: dict = {}  # noqa: RUF012  path -> requests so far
+    got: list = []  # noqa: RUF012  what a redirect would ask for
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -157,8 +158,15 @@ class Service(BaseHTTPRequestHandler):
             return self.reply(200, answer, "application/json")
         return self.reply(200, png.getvalue(), "image/png")
 
+    def do_GET(self):
+        self.got.append(self.path)
+        self.reply(200, b"", "image/png")
+
     def reply(self, status, content, kind):
         self.send_response(status)
+        if 300 <= status < 400:
+            port = self.server.server_address[1]
+            self.send_header("Location", f"http://localhost:{port}/moved?key=secret")  # another name of the same host
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content) + (self.path == "/short")))
         self.end_headers()
@@ -175,6 +183,7 @@ REPLIES = {
     "/error": (200, b'{"error": "no GPU left"}', "application/json"),
     "/not-base64": (200, b'{"mask": "%%%"}', "application/json"),
     "/not-png": (200, b"not a picture", "image/png"),
+    **{f"/to-{status}": (status, b"", "text/plain") for status in (301, 302, 303, 307, 308)},
     "/refused": (400, b"phrasing too long\nmore", "text/plain"),
     "/always-busy": (503, b"overloaded", "text/plain"),
     "/short": (200, b"\x89PNG", "image/png"),

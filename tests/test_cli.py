@@ -171,12 +171,38 @@ def test_data_commands(capsys, tmp_path):
         ("prompts lint {tmp}/none.yaml", "{tmp}/none.yaml"),
         ("prompts list --target cytoplasm", "cytoplasm"),
         ("data check --dataset kumar --root {tmp}", "{tmp}"),
+        ("train --output {tmp}/file --size 4", "{tmp}/file: a file; give a folder for the checkpoint"),
+        ("train --output {tmp}/file/run --size 4", "{tmp}/file: a file; give a folder for the checkpoint"),
+        ("evaluate --size 2 --records {tmp}", "{tmp}: a folder; name a file in it for the records"),
+        ("data show --size 2 --output {tmp}/no/x.png", "{tmp}/no: no such folder for the picture; create it first"),
+        ("data show --size 2 --output {tmp}/x.foo", "x.foo: the picture is a PNG; give a name that ends in .png"),
+        ("prompts perturb --output {tmp}", "{tmp}: a folder; name a file in it for the table"),
+        ("prompts perturb --output {tmp}/no/t.csv", "{tmp}/no: no such folder for the table; create it first"),
+        ("experiment table1 --profile smoke --jobs -1", "argument --jobs: '-1' is not a whole number of at least 1"),
+        ("experiment table1 --profile smoke --folder {tmp}/file", "{tmp}/file: a file; give a folder for the runs"),
+        ("experiment table1 --profile smoke --output {tmp}/file", "{tmp}/file: a file; give a folder for the tables"),
+        ("experiment imprecise --profile smoke --jobs 2", "imprecise has no jobs to choose; leave --jobs out"),
+        ("book execute --jobs 0", "argument --jobs: '0' is not a whole number of at least 1"),
+        ("book execute", "there is no notebooks/ here; run this in a checkout"),
+        ("book build", "there is no notebooks/ here; run this in a checkout"),
+        ("book check", "there is no notebooks/ here; run this in a checkout"),
+        ("book sync", "there is no notebooks/ here; run this in a checkout"),
     ],
 )  # fmt: skip
 def test_bad_command_lines_exit_with_2_and_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.delenv("PGSEG_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)  # no checkout
+    (tmp_path / "file").write_text("")
     status, _, err = run(capsys, *arguments.format(tmp=tmp_path).split())
     assert status == 2
     assert message.format(tmp=tmp_path) in err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+def test_what_cannot_be_written_or_read_is_a_sentence_and_no_traceback(capsys, tmp_path):
+    """`pgseg robustness` ends with 1 where a gate failed; a traceback would end with 1 too."""
+    table = tmp_path / ("x" * 300 + ".csv")  # longer than any file system takes
+    status, _, err = run(capsys, "prompts", "perturb", "--kinds", "typos", "--output", table)
+    assert status == 2 and err.startswith("pgseg: ") and "File name too long; see that it can be" in err
+    assert not list(tmp_path.glob("*.csv*"))

@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from regression_models import painted
+from tiny_models import save_tiny_clipseg
 
 import pgseg_lite as pg
 from pgseg_lite.cli import main
 from pgseg_lite.errors import BankError, DataError, SettingsError, TrainingError
 from pgseg_lite.experiments import FULL, LEARNERS, SEG
 from pgseg_lite.regression.checks import FAIL, PASS
-from pgseg_lite.regression.compare import Comparison, compare, side_by_side
+from pgseg_lite.regression.compare import Comparison, claim, compare, describe, side_by_side
 
 BANK = """
 levels:
@@ -115,6 +116,22 @@ def test_another_comparison_does_not_go_into_the_folder(done, data, bank, change
     options = dict(settings=TINY, seeds=1, per_level=1, quiet=True) | change
     with pytest.raises(SettingsError, match=message):
         compare(data, bank, done.folder, **options)
+
+
+def test_options_of_the_model_belong_to_the_comparison(data, bank, tmp_path):
+    folder = save_tiny_clipseg(tmp_path / "tiny")
+
+    def setup(**options):
+        model = pg.load_segmenter("clipseg", folder, "cpu", **options)
+        return describe(data, bank, TINY, model, held_out=0.2, per_level=1, quiet=True)
+
+    claim(tmp_path / "runs", setup())
+    claim(tmp_path / "runs", setup())
+    with pytest.raises(SettingsError, match="holds another comparison: tile was None and is now 64"):
+        claim(tmp_path / "runs", setup(tile=64))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.4, 0.4]}')
+    with pytest.raises(SettingsError, match="holds another comparison: start was"):
+        claim(tmp_path / "runs", setup())
 
 
 def test_other_masks_under_the_same_names_are_other_data(done, place, bank, tmp_path):

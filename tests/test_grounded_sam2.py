@@ -282,6 +282,10 @@ def test_a_run_changes_the_mask_decoder_and_leaves_a_checkpoint_that_reads_back(
     assert not list(run.glob("saving-*")) and (run / "config.json").exists()
     GroundingDinoForObjectDetection.from_pretrained(run / "detector")
     Sam2Model.from_pretrained(run / "masks")
+    other = load(box_threshold=EASY)
+    next(other.detector.dino.bbox_embed.parameters()).add_(0.1)  # frozen, so no state dict of a run has it
+    with pytest.raises(SettingsError, match="cannot resume, start was"):
+        pg.train(data, bank, run, SETTINGS, model=other, resume=True, device="cpu", quiet=True)
 
 
 def test_evaluation_gives_records(load, data, bank):

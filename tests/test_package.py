@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -209,6 +210,30 @@ def test_every_command_of_the_readme_exists(repo):
     pages = [repo / "README.md", *(repo / "book").glob("*.md")]
     used = {name for page in pages for name in re.findall(r"\bmake ([a-z-]+)\b(?= |`|\n)", page.read_text())}
     assert {"book", "test"} <= used <= targets
+
+
+def make(repo, *words, cwd=None):
+    if not shutil.which("make"):
+        pytest.skip("there is no make here")
+    command = ["make", "--no-print-directory", "-f", repo / "Makefile", *words]
+    return subprocess.run(command, cwd=cwd or repo, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_clean_keeps_what_took_days(repo, tmp_path):
+    kept = {f"_build/{name}/model.safetensors" for name in ("experiments", "checkpoints", "consep")}
+    for name in (*kept, "_build/html/index.html", "_build/book.log", "build/lib/x.py", "sub/__pycache__/x.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    make(repo, "clean", cwd=tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
+def test_make_experiments_leaves_the_jobs_to_the_command_unless_they_are_given(repo):
+    """By default a run for each GPU. The three studies of neighbouring systems have none to choose."""
+    assert "--jobs" not in make(repo, "-n", "experiments")
+    loops = [line for line in make(repo, "-n", "experiments", "JOBS=3").splitlines() if "pgseg experiment" in line]
+    assert ["--jobs 3" in line for line in loops] == ["preferences" not in line for line in loops] == [True, False]
+    assert "--jobs 1" in make(repo, "-n", "book") and "--jobs 3" in make(repo, "-n", "book", "JOBS=3")
 
 
 def test_the_readme_example_runs(repo):

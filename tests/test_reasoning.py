@@ -19,9 +19,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 import pgseg_lite as pg
 from pgseg_lite.errors import ModelError, SettingsError
+from pgseg_lite.metrics import pack
 from pgseg_lite.models import reasoning
 from pgseg_lite.models.base import THRESHOLD
 from pgseg_lite.models.reasoning import SegZeroSegmenter, VisionReasonerSegmenter, place
+from pgseg_lite.regression import adapt
 
 NAMES = {"seg-zero": SegZeroSegmenter, "vision-reasoner": VisionReasonerSegmenter}
 ANSWERS = {  # without "dead" in the phrasing, and with it
@@ -121,6 +123,21 @@ def image():
 def assert_same(a, b):
     torch.testing.assert_close(a.mask_logits, b.mask_logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(a.presence_logits, b.presence_logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*answer to .* names nothing")
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_regression_asks_it_as_it_is_asked_here(load, image, name):
+    model = load(name)
+    asked = adapt(model)
+    sample = pg.Sample(image, {}, "one", "noise")
+    found = dict(asked.answers(sample, PROMPTS))
+    expected = model.predict(image, PROMPTS)
+    assert expected.masks.any() and [found[text].reason for text in PROMPTS] == [""] * len(PROMPTS)
+    np.testing.assert_array_equal([found[text].packed for text in PROMPTS], pack(expected.masks[0].numpy()))
+    assert adapt(load(name)).fingerprint == asked.fingerprint
+    model.max_new_tokens = 5
+    assert adapt(model).fingerprint != asked.fingerprint
 
 
 # What the language model is shown

@@ -16,13 +16,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from regression_models import BANK, Replay, bundled, loaded, odd, painted, segment, served
-from tiny_models import save_tiny_clipseg
+from tiny_dino import save_dino
+from tiny_models import save_tiny_clipseg, save_tiny_sam3
+from tiny_sam import save_sam2
 from tiny_text import short_bank
 
 import pgseg_lite as pg
 from pgseg_lite.cli import main
+from pgseg_lite.errors import PgsegError
 from pgseg_lite.metrics import majority, pack
+from pgseg_lite.models import SegmentationOutput
 from pgseg_lite.prompts import Phrasing
 from pgseg_lite.regression import (
     Report,
@@ -35,6 +40,7 @@ from pgseg_lite.regression import (
     open_pictures,
     save_baseline,
 )  # fmt: skip
+from pgseg_lite.regression.pytest_plugin import MarkedBank
 from pgseg_lite.regression.summary import level_gap, separation, simultaneous
 
 HERE = Path(__file__).parent
@@ -189,6 +195,89 @@ def test_one_bad_phrasing_of_a_segmenter_fails_alone(data):
     assert set(result.failures["reason"]) == {"ValueError: 32 tokens at most"}
     assert set(result.records["phrasing"]) == {"nuclei"} and result.records["agreement"].isna().all()
     assert "nuclei" in Report(result, check_gates(result)).text()  # one phrasing alone has no agreement, and is shown
+
+
+# ---- which model is this? ----
+
+
+def test_a_model_that_answers_otherwise_is_another_model(tmp_path):
+    """Options, and what Grounded-SAM2 and CLIPSeg keep out of their state dicts, decide answers as weights do."""
+    sam3 = str(save_tiny_sam3(tmp_path / "sam3"))
+    clipseg = save_tiny_clipseg(tmp_path / "clipseg")
+    grounded = tmp_path / "grounded"
+    grounded.mkdir()
+    save_dino(grounded / "detector")
+    save_sam2(grounded / "masks")
+    models = [
+        adapt("sam3", sam3, "cpu"),
+        *(adapt("sam3", sam3, "cpu", **option) for option in
+          (dict(reading="max-logit"), dict(presence_gate=False), dict(tile=64), dict(truncate=True))),
+        adapt("clipseg", str(clipseg), "cpu"),
+        adapt("clipseg", str(clipseg), "cpu", tile=64),
+        adapt("grounded-sam2", str(grounded), "cpu"),
+        adapt("grounded-sam2", str(grounded), "cpu", box_threshold=0.1),
+    ]  # fmt: skip
+    for folder in (clipseg, grounded / "detector"):
+        other = {"image_mean": [0.4, 0.4, 0.4]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(other))
+    models += [adapt("clipseg", str(clipseg), "cpu"), adapt("grounded-sam2", str(grounded), "cpu")]
+    trained = pg.load_segmenter("grounded-sam2", str(grounded), "cpu")
+    with torch.no_grad():
+        next(trained.detector.dino.bbox_embed.parameters()).add_(0.3)
+    models.append(adapt(trained))
+    found = [model.fingerprint for model in models]
+    assert len(set(found)) == len(found)
+    plain = torch.nn.Module()  # from outside, with attributes that mean something else
+    plain.name, plain.hidden, plain.predict = "plain", 64, lambda image, prompts: None
+    assert adapt(plain).fingerprint == adapt(plain).fingerprint
+    again = [adapt("sam3", sam3, "cpu", serial=True), adapt("grounded-sam2", str(grounded), "cpu")]
+    assert again[0].fingerprint == found[0] and again[1].fingerprint == found[-2]  # which is no chance
+
+
+def test_kept_answers_are_not_those_of_an_object_retrained(data, bank, tmp_path):
+    class Rows:
+        """Marks the upper rows; how many, nobody can see from outside."""
+
+        name = "rows"
+
+        def __init__(self, share):
+            self.share = share
+
+        def predict(self, image, prompts):
+            height, width = image.shape[:2]
+            rows = torch.arange(height)[:, None].expand(height, width) < self.share * height
+            logits = (rows * 2.0 - 1).expand(1, len(prompts), height, width)
+            return SegmentationOutput(logits, torch.zeros(1, len(prompts)))
+
+    def ask(share, version=""):
+        found = measure(adapt(Rows(share), version=version), data, bank, per_level=1, folder=tmp_path, quiet=True)
+        return found.kept / found.asked, found.records["area_pred"].mean()
+
+    assert ask(0.25) == (0, 0.25) and ask(0.75) == (0, 0.75)
+    assert ask(0.25, "1") == (0, 0.25) and ask(0.75, "1") == (1, 0.25)  # whoever says so is believed
+    assert ask(0.75, "2") == (0, 0.75)
+
+
+def test_an_option_of_the_model_reaches_it_from_the_command(place, tmp_path, capsys):
+    """The bundled bank has phrasings that SAM3 must cut; its message says how, and that is how."""
+    save_tiny_sam3(tmp_path / "sam3")
+    bank = place / "long.yaml"
+    bank.write_text("targets: {all: {fixed: nuclei, phrasings: {low: [nuclei, " + "every " * 40 + "cells]}}}")
+    words = ["--model", "sam3", "--checkpoint", tmp_path / "sam3", "--bank", bank, "--levels", "low", "--device", "cpu"]
+    words += ["--images", place / "data" / "images", "--json", tmp_path / "report.json"]
+
+    def failures(*more):
+        assert main([str(word) for word in ("robustness", *words, *more)]) in (0, 1)
+        return json.loads((tmp_path / "report.json").read_text())["failures"]
+
+    found = failures()
+    assert len(found) == 10 and all("(--option truncate=true)" in failure["reason"] for failure in found)
+    with pytest.warns(UserWarning, match="and they are cut"):
+        assert not failures("--option", "truncate=true")
+    capsys.readouterr()
+    for option, message in (("truncate=1", "give true or false"), ("tile=wide", "a value has the wrong type")):
+        assert main([str(word) for word in ("robustness", *words, "--option", option)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_one_phrasing_a_target_is_enough_for_a_report(ask, bank):
@@ -454,6 +543,23 @@ def test_the_command_saves_compares_and_fails(capsys, place, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_failing_gate_fails_the_next_time_too(capsys, place, tmp_path):
+    """One command that compares with a baseline and stores it anew: what failed does not become the baseline."""
+    stored = tmp_path / "b.json"
+
+    def run(*more):
+        return main([str(word) for word in robustness(place, "--device", "cpu", "--save", stored, *more)])
+
+    assert run() == 0
+    before = stored.read_bytes()
+    for _ in range(2):
+        assert run("--against", stored, "--checkpoint", "fixed") == 1
+        said = "b.json: not written, since a gate failed; call without --against to store it"
+        assert said in capsys.readouterr().err and stored.read_bytes() == before
+    assert run("--against", stored, "--per-level", "1") == 0  # nothing failed: stored, and it has fewer phrasings
+    assert len(stored.read_bytes()) < len(before) and "not written" not in capsys.readouterr().err
+
+
 def test_the_help_has_a_recipe_for_ci(capsys):
     with pytest.raises(SystemExit):
         main(["robustness", "--help"])
@@ -531,6 +637,23 @@ def test_unmarked(prompt_bank):
     assert "1 failed, 1 passed, 1 error" in out, out
     assert "the model is deaf to words" in out
     assert "the fixture prompt_bank needs @pytest.mark.prompt_bank(BANK, images=...)" in out
+
+
+def test_what_the_plugin_would_refuse_it_refuses_before_it_asks(place, plain, data, tmp_path):
+    save_baseline(plain, tmp_path / "b.json")  # with true masks
+    asked = []
+
+    def refused(message, save=False, **options):
+        options = dict(images=place / "data" / "images", tile=None, per_level=1) | options
+        with pytest.raises(PgsegError, match=message):
+            MarkedBank(place / "bank.yaml", options, tmp_path, save).report(lambda *item: asked.append(item))
+        assert not asked
+
+    refused("max_drop is -1; give a number of at least 0", max_drop=-1)
+    refused("measured with true masks, this run without masks", baseline="b.json")
+    others = pg.load_dataset("synthetic", size=2)
+    refused("none of its images is in this run", baseline="b.json", images=None, data=others)
+    refused("no such folder for the baseline; create it first", save=True, baseline="none/b.json")
 
 
 def test_the_plugin_and_the_command_are_light():

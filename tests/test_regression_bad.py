@@ -2,17 +2,18 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from regression_models import BANK, painted, served
+from regression_models import BANK, Service, painted, served
 
 import pgseg_lite as pg
 from pgseg_lite.cli import main
 from pgseg_lite.errors import ModelError, ResultError, SettingsError
-from pgseg_lite.regression import adapt, check_gates, load_baseline, measure, open_pictures, save_baseline
+from pgseg_lite.regression import adapt, check_gates, load_baseline, measure, open_pictures, processes, save_baseline
 
 HERE = Path(__file__).parent
 COMMAND = f"{sys.executable} -S -c"
@@ -77,6 +78,7 @@ def site(tmp_path_factory):
     (folder / "broken_model.py").write_text("import no_such_module")
     (folder / "quitting_model.py").write_text("import os; os._exit(3)")
     (folder / "plain_model.py").write_text("weights = 1")
+    (folder / "hanging_model.py").write_text("import time; time.sleep(60)")
     return folder
 
 
@@ -97,6 +99,10 @@ FROM_THE_START = [
     ("--model lightweight --images {site}/data/images", "'lightweight' names no model; give one of lite, sam3"),
     ("--model lite --checkpoint {site}/absent --images {site}/data/images", "absent: no such checkpoint folder"),
     (f"{MINE} --checkpoint group", "a checkpoint is for lite, sam3"),
+    ("--model sam2 --checkpoint {site}/absent", "sam2 reads no words: it is shown the true nuclei"),
+    ("--model medsam --checkpoint {site}/absent", "medsam reads no words"),
+    ("--model lite --option truncate=true --images {site}/data/images", "lite has no option 'truncate'; it has none"),
+    (f"{MINE} --option truncate=true", "options such as truncate are for lite, sam3, clipseg, grounded-sam2, seg-zero"),
     (f"{MINE} --timeout 0", "timeout is 0.0; give seconds above zero"),
     (f"{MINE} --retries -1", "retries is -1 and workers 4; use retries >= 0 and 1 to 64 workers"),
     (f"{MINE} --workers 0", "retries is 3 and workers 0"),
@@ -119,7 +125,10 @@ FROM_THE_START = [
     ("--images {site}/clear", "a.png: 100.0% of its pixels are transparent"),
     ("--images {site}/pages", "a.tif: holds 2 pages"),
     ("--images {site}/twice", "has the same name; rename one of them"),
-    ("--images {site}/data/images --root {site}", "--images and --root are two places for images"),
+    ("--images {site}/data/images --root {site}", "--images measures a whole folder and takes no --root; leave it out"),
+    ("--images {site}/data/images --dataset consep --split train", "takes no --dataset, --split; leave it out"),
+    ("--images {site}/data/images --fraction 0.1 --data-seed 1 --size 3", "takes no --fraction, --data-seed, --size;"),
+    ("--images {site}/data/images --shift blur --annotations a.json --hub", "takes no --shift, --annotations, --hub;"),
     ("--dataset sea", "there is no dataset 'sea'"),
     # the baseline
     (f"{TRUE} --against {{site}}/none.json", "none.json: no baseline here (No such file or directory); store one with"),
@@ -141,6 +150,7 @@ FROM_THE_START = [
     (f"{TRUE} --max-failures -1", "max_failures is -1; give a number of at least 0"),
     (f"{TRUE} --save {{site}}/nowhere/b.json", "nowhere: no such folder for --save; create it first"),
     (f"{TRUE} --html {{site}}/nowhere/b.html", "nowhere: no such folder for --html; create it first"),
+    (f"{TRUE} --junit {{site}}/empty", "empty: a folder; name a file in it for --junit"),
     (f"{MINE} --folder {{site}}/answers", "answers.sqlite: cannot be used to keep answers (file is not a database)"),
     (f"{MINE} --folder {{site}}/file", "no folder for the answers"),
 ]  # fmt: skip
@@ -158,6 +168,15 @@ def test_what_is_wrong_from_the_start_ends_with_2_and_one_sentence(site, capsys,
     error = capsys.readouterr().err
     assert status == 2 and message in error, error
     assert "Traceback" not in error and sorted(site.rglob("*.json")) == before
+
+
+def test_a_module_whose_import_does_not_end_is_ended(site, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(processes, "LOADING", 2.0)
+    words = f"robustness --model hanging_model:f --timeout 1 --images {site}/data/images --bank {site}/bank.yaml"
+    before = time.monotonic()
+    assert main(words.split()) == 2 and time.monotonic() - before < 30
+    assert "hanging_model:f cannot be loaded (its import does not end within 2 s)" in capsys.readouterr().err
 
 
 PIECES = [
@@ -207,6 +226,7 @@ REPLIES = [
     ("/error", "the endpoint reports: no GPU left"),
     ("/not-base64", "the JSON reply has no base64 PNG in its field mask"),
     ("/not-png", "the mask is no readable image of one page; write it as PNG"),
+    *((f"/to-{status}", "the endpoint redirects to http://localhost:") for status in (301, 302, 303, 307, 308)),
     ("/refused", "the endpoint answers 400: phrasing too long"),
     ("/always-busy", "the endpoint answers 503: overloaded (asked 2 times)"),
     ("/token", "the endpoint answers 401: no token"),
@@ -226,6 +246,13 @@ def address():
 def test_an_endpoint_that_fails_an_item(address, path, reason, monkeypatch):
     monkeypatch.delenv("PGSEG_TOKEN", raising=False)
     assert reason == reason_of(adapt(address + path, timeout=0.5, retries=1))[: len(reason)]
+
+
+def test_a_redirect_takes_neither_the_token_nor_the_request_along(address, monkeypatch):
+    monkeypatch.setenv("PGSEG_TOKEN", "secret")
+    reason = reason_of(adapt(f"{address}/to-302", retries=3))
+    assert reason.endswith("/moved; give that URL") and "secret" not in reason
+    assert not Service.got and not [path for path in Service.failures if path.startswith("/moved")]
 
 
 COMPARED = [

@@ -12,6 +12,7 @@ from pgseg_lite.errors import ModelError, SettingsError
 from pgseg_lite.models import visual
 from pgseg_lite.models.base import THRESHOLD
 from pgseg_lite.models.sam2 import EMPTY
+from pgseg_lite.regression import adapt
 
 NAMES = ("sam2", "medsam")
 
@@ -40,6 +41,12 @@ def make_sample(instances=True):
     masks = {"all": labels > 0, "inflammatory": labels == 7, "dead": labels < 0}
     image = np.random.default_rng(0).integers(40, 200, (48, 80, 3), dtype=np.uint8)
     return Sample(image, masks, "s", "made", labels if instances else None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_phrasing_is_asked_of_a_model_that_reads_none(load, name):
+    with pytest.raises(ModelError, match=f"{name} reads no words: it is shown the true nuclei, and no phrasing"):
+        adapt(load(name))
 
 
 # Prompts made from masks

@@ -71,6 +71,10 @@ class ClipSegSegmenter(TiledSegmenter):
         size = preprocessing["size"]
         self.input_size = size["height"] if isinstance(size, dict) else size  # 352
 
+    @property
+    def kept_outside(self):
+        return [self.preprocessing]
+
     def forward(self, pixel_values, text_features):
         """pixel_values [B, 3, H, W] in -1..1, text_features [B, P, D] -> SegmentationOutput."""
         size = tuple(pixel_values.shape[-2:])

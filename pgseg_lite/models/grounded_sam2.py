@@ -56,6 +56,10 @@ class GroundedSam2Segmenter(TiledSegmenter):
     def text(self):
         return self.detector.text
 
+    @property
+    def kept_outside(self):
+        return self.detector.parts
+
     def _apply(self, *args, **kwargs):
         """What `to` and `cuda` call: the detector goes where the segmenter goes."""
         self.detector.move(*args, **kwargs)

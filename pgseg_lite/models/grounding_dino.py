@@ -86,6 +86,11 @@ class Detector:
         inner = self.dino.model
         inner.backbone, (inner.text_backbone, inner.text_projection) = self.backbone, self.text.parts
 
+    @property
+    def parts(self):
+        """All that decides which boxes are found."""
+        return [self.dino, self.backbone, *self.text.parts, self.preprocessing]
+
     def move(self, *args, **kwargs):
         """To another device, as `nn.Module.to` does with what belongs to a module."""
         for module in (self.dino, self.backbone):

@@ -108,6 +108,9 @@ class ReasoningSegmenter(nn.Module):
         text_features = self.encode_text(prompts)
         return self.decode(self.encode_image(image), text_features)
 
+    def answering(self):
+        return {"max_new_tokens": self.max_new_tokens}
+
     def answer(self, image_tokens, texts):
         """What the model says to each of K phrasings about one image, always the same: greedy decoding."""
         image = "<|image_pad|>" * len(image_tokens)

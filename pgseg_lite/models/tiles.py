@@ -24,7 +24,7 @@ def check_tile(tile):
 class TiledSegmenter(nn.Module):
     """What text-prompted models with large images have in common: views are encoded once and asked with K phrasings.
 
-    A model brings `text` (a TextTower), `tile`, `device` and two methods:
+    A model brings `text` (a TextTower), `tile`, `options` (its others), `device` and two methods:
     encode_view(pixel_values [1, 3, h, w] in -1..1) -> whatever `ask` reads
     ask(view, text_features [K, ...], size) -> mask logits [K, *size], presence logits [K]
     """
@@ -42,6 +42,10 @@ class TiledSegmenter(nn.Module):
     def encode_text(self, prompts):
         """Phrasings -> the features of their text tower [K, ...], embedded once."""
         return self.text.encode(check_prompts(prompts), self.device)
+
+    def answering(self):
+        """The options that decide an answer."""
+        return {**self.options, "tile": self.tile, "truncate": self.text.truncate}
 
     def decode(self, image_features, text_features):
         """Every image with every phrasing, view by view, put together. text_features [K, ...], or [B, K, ...]."""

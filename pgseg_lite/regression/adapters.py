@@ -1,6 +1,6 @@
 """Any text-prompted model as something that can be asked: image and phrasing in, mask out.
 
-A name of `models.SEGMENTERS`     one of this package's; its image encoder runs once per image
+A name of `models.SEGMENTERS`     one of this package's that reads words; its image encoder runs once per image
 `package.module:function`         a function (uint8 [H, W, 3], text) -> bool or probability [H, W], in its own process
 a Python function                 the same, in this process: for notebooks
 a command with {image} {phrasing} {output}: reads a PNG, writes a mask as PNG; no shell
@@ -8,11 +8,12 @@ http:// or https://               POST {"image": base64 of a PNG, "phrasing": te
                                   image/png) or JSON {"mask": base64 of a PNG}. $PGSEG_TOKEN is sent as Bearer token
 
 A mask file is 0 outside and one other value inside. Whatever goes wrong with an item is that item's own failure.
+Kept answers belong to one model. A torch module is known by its weights and `options` (models/identity.py has more);
+into any other object nobody can look, so without a version its answers are kept for this object alone.
 An adapter of your own has `name`, `fingerprint` and `asking(image)`, a context that gives a function from text to mask;
 it is asked by one thread, or by as many as its `workers` says. Models that answer differently need other fingerprints.
 """
 
-import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,13 +26,15 @@ import torch
 from ..errors import ModelError, SettingsError
 from ..evaluation import predict_packed
 from ..metrics import pack
-from ..models import SEGMENTERS, load_segmenter
+from ..models import SEGMENTERS, identity, load_segmenter
 from .answers import Answer, as_mask, fingerprint, reason_of
 from .worker import said
 
+READERS = [name for name, kind in SEGMENTERS.items() if not kind.startswith("visual.")]  # the others read no words
 
-def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.0, retries=3, workers=4):
-    """A model that `measure` can ask.
+
+def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.0, retries=3, workers=4, **options):
+    """A model that `measure` can ask. `options` are those of `load_segmenter`, such as `truncate` of sam3.
 
     version   what you call this state of a model that cannot be looked into: kept answers belong to one version
     timeout   seconds for one answer; retries: of a request to an endpoint; workers: commands or requests at a time
@@ -40,16 +43,20 @@ def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.
         raise SettingsError(f"timeout is {timeout}; give seconds above zero")
     if retries < 0 or not 1 <= workers <= 64:
         raise SettingsError(f"retries is {retries} and workers {workers}; use retries >= 0 and 1 to 64 workers")
+    if isinstance(model, str) and model in SEGMENTERS:
+        refuse_visual(model, model not in READERS)
+        return Builtin(load_segmenter(model, checkpoint, device, **options), version)
+    if options:
+        raise ModelError(f"options such as {next(iter(options))} are for {', '.join(READERS)}; leave them out")
     if hasattr(model, "asking"):
         return Asked(model, getattr(model, "workers", 1))
     if hasattr(model, "predict"):
+        refuse_visual(model.name, hasattr(model, "visual_prompt"))
         return Builtin(model, version)
     if callable(model):
         return Asked(InProcess(model, version, timeout), 1)
-    if isinstance(model, str) and model in SEGMENTERS:
-        return Builtin(load_segmenter(model, checkpoint, device), version)
     if checkpoint:
-        raise ModelError(f"a checkpoint is for {', '.join(SEGMENTERS)}; {model!r} loads its own weights")
+        raise ModelError(f"a checkpoint is for {', '.join(READERS)}; {model!r} loads its own weights")
     model = str(model)
     if re.match(r"https?://", model):
         from .endpoint import Endpoint
@@ -63,10 +70,14 @@ def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.
         from .processes import Command
 
         return Asked(Command(model, version, timeout), workers)
-    kinds = (
-        f"one of {', '.join(SEGMENTERS)}, module:function, a command with {{image}} {{phrasing}} {{output}}, or a URL"
-    )
+    kinds = f"one of {', '.join(READERS)}, module:function, a command with {{image}} {{phrasing}} {{output}}, or a URL"
     raise ModelError(f"{model!r} names no model; give {kinds}")
+
+
+def refuse_visual(name, visual):
+    if visual:
+        said = f"{name} reads no words: it is shown the true nuclei, and no phrasing changes that"
+        raise ModelError(f"{said}; choose a segmenter that takes phrasings, and score this one with `pgseg evaluate`")
 
 
 class Builtin:
@@ -74,17 +85,16 @@ class Builtin:
 
     def __init__(self, model, version=""):
         self.model, self.name, self.features, self.refused = model, model.name, {}, {}
-        parts = [model.name, version]
-        if isinstance(model, torch.nn.Module):
-            model.eval()
-            digest = hashlib.blake2b(digest_size=16)
-            for name, tensor in model.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            if hasattr(model, "encode_text"):  # a frozen text encoder may be kept out of the module
-                digest.update(model.encode_text(["nuclei"]).detach().float().cpu().contiguous().numpy().data)
-            parts.append(digest.hexdigest())
-        self.fingerprint = fingerprint(*parts)
+        known = self.identity() if isinstance(model, torch.nn.Module) else [version or uuid4().hex]
+        self.fingerprint = fingerprint(model.name, version, *known)
+
+    def identity(self):
+        """All that can be seen of a module: weights, options, and what it makes of a word, often outside of them."""
+        self.model.eval()
+        word = self.model.encode_text(["nuclei"]) if hasattr(self.model, "encode_text") else ""
+        if isinstance(word, torch.Tensor):
+            word = word.detach().float().cpu().contiguous().numpy().tobytes()
+        return identity.fingerprint(self.model), identity.answering(self.model), word
 
     def answers(self, sample, texts):
         """(phrasing, Answer) for each; what fails with the others is asked again alone."""
@@ -106,7 +116,8 @@ class Builtin:
     def predict(self, sample, texts):
         features = None
         if self.features:
-            features = torch.cat([self.features[text] for text in texts])
+            features = [self.features[text] for text in texts]
+            features = torch.stack(features) if isinstance(features[0], torch.Tensor) else features
         return predict_packed(self.model, sample, texts, features)
 
     def close(self):
@@ -117,7 +128,7 @@ class Builtin:
         if not texts or not hasattr(self.model, "encode_text"):
             return
         try:
-            self.features |= zip(texts, self.model.encode_text(texts).split(1), strict=True)
+            self.features |= zip(texts, self.model.encode_text(texts), strict=True)  # of a tensor or a list
         except Exception as error:
             if len(texts) > 1:
                 for text in texts:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ..errors import SettingsError
 from ..experiments import HELD_OUT, LEARNERS, SEEDS
+from ..options import add_option_of_model, check_file, options_of_model
 from ..prompts import LEVELS, PromptBank
 from ..settings import PER_LEVEL, PROFILES, training_profiles
 
 ABOUT_ROBUSTNESS = "measure how far a model's masks move with wording, and gate on it"
 EPILOG = """\
 models
-  lite, sam3, ...              a segmenter of this package, with --checkpoint
+  lite, sam3, ...              a segmenter of this package that reads words, with --checkpoint and --option
   package.module:function      (uint8 array [H, W, 3], text) -> bool or probability [H, W]; runs in a process of its own
   "segment {image} {phrasing} {output}"   a command: reads a PNG, writes a mask as PNG (0 outside, one value inside)
   https://host/path            POST {"image": base64 PNG, "phrasing": text} -> image/png, or JSON {"mask": base64 PNG};
@@ -52,10 +53,13 @@ example
 
 
 def add_robustness_options(parser):
-    """All but the options of data, bank and device, which other commands have too."""
+    """All but the options of data, bank and device, which other commands have too and which come first."""
+    of_datasets = ("dataset", "root", "split", "fraction", "data_seed", "size", "shift", "annotations", "hub")
+    parser.set_defaults(of_datasets={name: parser.get_default(name) for name in of_datasets})
     parser.epilog, parser.formatter_class = EPILOG, type("Raw", (parser.formatter_class,), {"_fill_text": keep_lines})
     parser.add_argument("--model", default="lite", help="which model, see below")
     parser.add_argument("--checkpoint", help="of a segmenter of this package: a bundled one, a folder, or a hub name")
+    add_option_of_model(parser)
     parser.add_argument("--model-version", default="", help="name this state of a model that cannot be looked into")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (not of lite, sam3, ...)")
     parser.add_argument("--retries", type=int, default=3, help="of a request to an endpoint")
@@ -66,7 +70,7 @@ def add_robustness_options(parser):
     parser.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
     parser.add_argument("--folder", type=Path, help="keep answers here: after a kill, the same command goes on")
     gates = parser.add_argument_group("gates")
-    gates.add_argument("--save", type=Path, help="store a baseline in this JSON file")
+    gates.add_argument("--save", type=Path, help="store a baseline in this JSON file, unless --against fails")
     gates.add_argument("--against", type=Path, help="compare with this baseline")
     gates.add_argument(
         "--max-drop",
@@ -89,27 +93,28 @@ def run_robustness(args, read_data):
     """`read_data(args)` opens the dataset that the shared options describe."""
     outputs = {kind: path for kind in ("save", "json", "junit", "html") if (path := getattr(args, kind))}
     for kind, path in outputs.items():
-        if not path.parent.is_dir():
-            raise SettingsError(f"{path.parent}: no such folder for --{kind}; create it first")
-    if args.images and args.root:
-        raise SettingsError("--images and --root are two places for images; give --images, or --dataset with --root")
+        check_file(path, f"--{kind}")
+    if args.images and (given := [name for name, usual in args.of_datasets.items() if getattr(args, name) != usual]):
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SettingsError(f"--images measures a whole folder and takes no {listed}; leave it out, or use --dataset")
     bank = PromptBank.load(args.bank)
-    from . import adapters, answers, baseline, gates, measurement, report  # torch, from here on
+    from . import adapters, baseline, gates, measurement, report  # torch, from here on
 
     before = baseline.load_baseline(args.against) if args.against else None
-    gates.check_limits(args.max_drop, args.max_spread, args.max_failures)
+    limits = args.max_drop, args.max_spread, args.max_failures
     data = measurement.open_pictures(args.images, args.tile or None) if args.images else read_data(args)
-    if before:
-        gates.check_alike(before, bool(data.targets), (answers.image_key(sample.image) for sample in data))
-    options = {name: getattr(args, name) for name in ("timeout", "retries", "workers")}
-    model = adapters.adapt(args.model, args.checkpoint, args.device, version=args.model_version, **options)
+    gates.check_before(data, before, *limits)
+    how = {name: getattr(args, name) for name in ("timeout", "retries", "workers")} | {"version": args.model_version}
+    with options_of_model(args) as options:
+        model = adapters.adapt(args.model, args.checkpoint, args.device, **how, **options)
     split = None if args.phrasings == "all" else args.phrasings
     result = measurement.measure(model, data, bank, args.levels, args.per_level or None, split, args.folder)
     if result.kept:
         print(f"{result.kept} of {result.asked} answers are from earlier calls, kept in {args.folder}", file=sys.stderr)
-    checks = gates.check_gates(result, before, args.max_drop, args.max_spread, args.max_failures)
-    found = report.Report(result, checks)
-    if args.save:
+    found = report.Report(result, gates.check_gates(result, before, *limits))
+    if args.save and before and not found.passed:  # or the same command would pass the next time
+        print(f"{args.save}: not written, since a gate failed; call without --against to store it", file=sys.stderr)
+    elif args.save:
         baseline.save_baseline(result, args.save)
     for kind in ("json", "junit", "html"):
         if path := outputs.get(kind):
@@ -146,8 +151,8 @@ def run_perturb(args):
     if args.describe:
         print(describe_kinds())
         return
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise SettingsError(f"{args.output.parent}: no such folder for the table; create it first")
+    if args.output:
+        check_file(args.output, "the table")
     bank = PromptBank.load(args.bank)
     table = perturb(bank, args.kinds, args.severity, args.seed, bank.select(args.target))
     if not args.output:

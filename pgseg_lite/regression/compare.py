@@ -21,7 +21,8 @@ from ..data.dataset import source_of
 from ..errors import BankError, DataError, Diverged, SettingsError, TrainingError
 from ..experiments import FOUR, FULL, HELD_OUT, LEARNERS, SEG
 from ..models import load_segmenter
-from ..training import GroupDataset, fingerprint, train
+from ..models.identity import answering, fingerprint
+from ..training import GroupDataset, train
 from .adapters import adapt
 from .answers import image_key
 from .baseline import versions, write
@@ -219,6 +220,7 @@ def describe(data, bank, settings, model, held_out, per_level, quiet):
         "targets": list(data.targets),
         "bank": f"{bank.name} {words.hexdigest()[:12]}",
         "start": fingerprint(model),
+        **answering(model),
         "held_out": held_out,
         "per_level": per_level,
         **{name: value for name, value in asdict(settings).items() if name not in differs},

@@ -22,6 +22,18 @@ LARGEST = 2**26  # bytes of a reply
 LONGEST_WAIT = 30  # seconds before another try
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST would go on as a GET without its body, and the token to a host that it was not meant for."""
+
+    def redirect_request(self, request, reply, code, message, headers, url):
+        reply.close()
+        place = urlsplit(url)._replace(query="", fragment="").geturl()  # a query may hold a secret
+        raise ModelError(f"the endpoint redirects to {place}; give that URL")
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
 class Endpoint:
     def __init__(self, url, version, timeout, retries):
         parts = urlsplit(url)
@@ -71,7 +83,7 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {token}"
         until = time.monotonic() + self.timeout
         request = urllib.request.Request(self.url, body, headers, method="POST")
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+        with OPENER.open(request, timeout=self.timeout) as reply:
             kind, content = reply.headers.get_content_type(), bytearray()
             while part := reply.read1(2**16):  # a reply that trickles in keeps a socket's own time limit happy
                 content += part

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import ResultError, SettingsError
+from .answers import image_key
 from .baseline import ITEM
 from .checks import FAIL, PASS, UNDECIDED, Check
 from .collapse import alarms
@@ -38,6 +39,13 @@ def check_gates(result, baseline=None, max_drop=0.02, max_spread=None, max_failu
     return checks
 
 
+def check_before(data, baseline=None, max_drop=0.02, max_spread=None, max_failures=0):
+    """What `check_gates` would refuse afterwards, as far as it is known before a model is asked."""
+    check_limits(max_drop, max_spread, max_failures)
+    if baseline is not None:
+        check_alike(baseline, bool(data.targets), (image_key(sample.image) for sample in data))
+
+
 def check_limits(max_drop, max_spread, max_failures):
     for name, limit in (("max_drop", max_drop), ("max_spread", max_spread), ("max_failures", max_failures)):
         if limit is not None and not 0 <= limit < np.inf:
@@ -45,7 +53,7 @@ def check_limits(max_drop, max_spread, max_failures):
 
 
 def check_alike(baseline, truth, keys):
-    """Whether there is anything to compare: known before a model is asked. `keys` are of images."""
+    """Whether there is anything to compare. `keys` are of images."""
     if truth != baseline.about["truth"]:
         there, here = ("with true masks" if known else "without masks" for known in (not truth, truth))
         raise ResultError(f"{baseline.path}: measured {there}, this run {here}; measure both alike")

@@ -22,6 +22,8 @@ from .worker import receive, send
 
 PLACES = ("{image}", "{phrasing}", "{output}")
 
+LOADING = 300.0  # seconds that a module may take to load its weights
+
 
 def end(process):
     """A process and those it started."""
@@ -30,6 +32,19 @@ def end(process):
             os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own: start_new_session
         else:
             process.kill()
+
+
+@contextmanager
+def ended_after(process, seconds):
+    """Ends the process when the time is up; the list is empty until then."""
+    late = []
+    timer = Timer(seconds, lambda: (late.append(True), end(process)))
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        timer.join()  # it must not end the process of the next item
 
 
 class Worker:
@@ -45,10 +60,12 @@ class Worker:
         command = [sys.executable, "-m", "pgseg_lite.regression.worker", self.name]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
-        try:
-            (reason, source), _ = receive(self.process.stdout)
-        except EOFError:
-            reason = "its process ended at once"
+        limit = max(LOADING, self.timeout)
+        with ended_after(self.process, limit) as late:
+            try:
+                (reason, source), _ = receive(self.process.stdout)
+            except EOFError:
+                reason = f"its import does not end within {limit:g} s" if late else "its process ended at once"
         if reason:
             self.close()
             raise ModelError(f"{self.name} cannot be loaded ({reason}); check the name, and that it imports from here")
@@ -61,17 +78,12 @@ class Worker:
     def ask(self, image, text):
         if self.process is None:
             self.start()
-        late = []
-        timer = Timer(self.timeout, lambda: (late.append(True), end(self.process)))
-        timer.start()
-        try:
-            send(self.process.stdin, text, image)
-            reason, mask = receive(self.process.stdout)
-        except (OSError, EOFError):  # the pipe broke, or ended in the middle
-            reason = "" if late else f"its process ended with status {self.close()}"
-        finally:
-            timer.cancel()
-            timer.join()  # it must not end the process of the next item
+        with ended_after(self.process, self.timeout) as late:
+            try:
+                send(self.process.stdin, text, image)
+                reason, mask = receive(self.process.stdout)
+            except (OSError, EOFError):  # the pipe broke, or ended in the middle
+                reason = "" if late else f"its process ended with status {self.close()}"
         if late:
             self.close()
             raise ModelError(f"no answer within {self.timeout:g} s")

@@ -60,14 +60,18 @@ class MarkedBank:
 
     def report(self, model, **how):
         from ..errors import SettingsError
+        from ..options import check_file
         from ..prompts import PromptBank
         from . import Report, adapt, check_gates, load_baseline, measure, open_pictures, save_baseline
+        from .gates import check_before
 
         options = dict(self.options)
         images, data, tile = options.pop("images", None), options.pop("data", None), options.pop("tile", 256)
         if (images is None) == (data is None):
             raise SettingsError("prompt_bank needs one of images= (a folder) and data= (a dataset)")
         stored = options.pop("baseline", None)
+        if stored and self.save:
+            check_file(self.root / stored, "the baseline")
         limits = {name: options.pop(name) for name in GATES if name in options}
         if "folder" in options:
             options["folder"] = self.root / options["folder"]
@@ -75,6 +79,7 @@ class MarkedBank:
         bank = PromptBank.load(own if own.is_file() else self.name)
         data = open_pictures(self.root / images, tile) if data is None else data
         before = load_baseline(self.root / stored) if stored and not self.save else None
+        check_before(data, before, **limits)
         result = measure(adapt(model, **how), data, bank, quiet=True, **options)
         checks = check_gates(result, before, **limits)
         if stored and self.save:
