@@ -66,7 +66,7 @@ def hash_of(content):
 def about_start(segmenter, start):
     """What a run's record says of the weights it starts from; they themselves are not kept in memory."""
     from .models import load_segmenter
-    from .training import fingerprint
+    from .models.identity import fingerprint
 
     model = load_segmenter(segmenter, start, "cpu", **LEARNERS[segmenter].options)
     return {"start": fingerprint(model)} | getattr(model, "options", {})
