@@ -76,7 +76,8 @@ def compare(table, reference, resamples=2000, seed=0):
     """
     if reference not in set(table["method"]):
         raise ResultError(f"there is no method {reference!r} here; choose one of {', '.join(table['method'].unique())}")
-    rows = []
+    table, rows = table.copy(deep=False), []
+    table.attrs = {}  # pandas would copy the stamp with every selection
     for (test, level, split), part in table.groupby(["test", "level", "split"], sort=False):
         for method in part["method"].unique():
             ours, theirs = (part[part["method"] == name] for name in (method, reference))
@@ -94,10 +95,10 @@ def compare(table, reference, resamples=2000, seed=0):
 def paired(ours, theirs, measure, wanted, resamples, seed):
     sides = [cube(side, measure) for side in (ours, theirs)]  # 2 x (sums, counts), [seeds, images, targets] each
     seeds, images = sides[0][0].shape[:2]
-    weights = bootstrap_weights(seeds, resamples, seed), bootstrap_weights(images, resamples, seed + 1)
+    by_seed, by_image = bootstrap_weights(seeds, resamples, seed), bootstrap_weights(images, resamples, seed + 1)
 
     def drawn(side):
-        return tasks(*(np.einsum("nr,ni,rit->nt", *weights, part) for part in side))
+        return tasks(*(np.einsum("nr,nrt->nt", by_seed, np.tensordot(by_image, part, (1, 1))) for part in side))
 
     def each(side, axes):
         return tasks(*(part.sum(axes) for part in side))
