@@ -15,7 +15,9 @@ from pgseg_lite.errors import PgsegError
 
 NOT_SECTIONS = ("Exercises", "Recap", "What is next")
 
-NOTEBOOKS = book.chapters(Path(__file__).resolve().parents[1] / "notebooks")
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = book.chapters(ROOT / "notebooks")
+PAGES = sorted([*ROOT.glob("notebooks/*.md"), *ROOT.glob("book/*.md")])
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -95,6 +97,14 @@ def test_every_section_ends_in_a_claim(path):
 def test_has_exercises_with_hidden_solutions(path):
     text = path.with_suffix(".md").read_text().partition("## Exercises")[2]
     assert len(re.findall(r":::\{admonition\} Solution\n:class: dropdown\n", text)) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_box_is_closed_on_a_line_of_its_own(page):
+    text = page.read_text()
+    assert not re.findall(r"^.*[^\s:].*:::$", text, re.MULTILINE), "the box swallows what follows, headings included"
+    opened, closed = (re.findall(rf"^ *:::+{end}", text, re.MULTILINE) for end in (r"\{.+", r" *$"))
+    assert len(opened) == len(closed)
 
 
 def test_every_image_has_alt_text(code):
