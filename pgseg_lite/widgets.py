@@ -12,11 +12,11 @@ MAX_FRAMES, MAX_BYTES = 12, 500_000
 _numbers = count(1)
 
 
-def slider(figures, labels, alts, name):
+def slider(figures, labels, alts, name, start=0):
     """Plain HTML with a few lines of script: a range input that switches between pre-rendered figures.
 
     Works without a kernel, a network or a mouse (arrow keys move a focused slider), and announces each
-    frame's own alt text. At most 12 frames and 500 kB in all.
+    frame's own alt text. At most 12 frames and 500 kB in all. It opens at frame `start`.
     """
     from IPython.display import HTML
 
@@ -30,10 +30,10 @@ def slider(figures, labels, alts, name):
     key = f"pgseg-slider-{next(_numbers)}"
     data = json.dumps([{"src": s, "label": t, "alt": a} for s, t, a in zip(frames, labels, alts, strict=True)])
     data = data.replace("</", "<\\/")  # a label must not end the script
-    first, label, alt = frames[0], html.escape(labels[0]), html.escape(alts[0], quote=True)
+    first, label, alt = frames[start], html.escape(labels[start]), html.escape(alts[start], quote=True)
     return HTML(f"""<figure class="pgseg-slider" id="{key}" style="background:#fff;color:#111;padding:.5em">
 <label>{html.escape(name)}: <output>{label}</output>
-<input type="range" min="0" max="{len(frames) - 1}" value="0" style="width:100%" aria-valuetext="{label}"></label>
+<input type="range" min="0" max="{len(frames) - 1}" value="{start}" style="width:100%" aria-valuetext="{label}"></label>
 <img src="{first}" alt="{alt}" style="max-width:100%;height:auto">
 <script type="application/json">{data}</script>
 <script>(() => {{

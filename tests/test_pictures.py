@@ -80,6 +80,11 @@ def test_slider_is_plain_html_with_an_alt_text_per_frame():
     assert not re.findall(r"https?://", html)
 
 
+def test_a_slider_opens_where_it_is_told_to():
+    html = widgets.slider(figures(3), ["a", "b", "c"], ["first", "second", "third"], "x", start=1).data
+    assert 'value="1"' in html and 'alt="second"' in html and "<output>b</output>" in html
+
+
 @pytest.mark.parametrize(
     ("count", "labels", "message"),
     [

@@ -1,7 +1,7 @@
 """Preferences inside a prompt group: K phrasings of one request are its annotators.
 
-The main paper names this as future work. Nobody says which mask is right; the mask that agrees best with the others of
-its group is preferred, and every phrasing learns to prefer it.
+The main paper names preference-based optimisation as future work; this is one form of it. Nobody says which mask is
+right; the mask that agrees best with the others of its group is preferred, and every phrasing learns to prefer it.
 """
 
 import torch
