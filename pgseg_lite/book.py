@@ -18,6 +18,8 @@ from .errors import PgsegError
 
 STAGED = ("_config.yml", "_toc.yml", "book", "notebooks", "pgseg_lite", "results")  # what a page may include
 COLAB = "https://colab.research.google.com"
+SOLUTION = re.compile(r"^:::\{admonition\} Solution\b(?:(?!:::\{).)*?^:::$", re.MULTILINE | re.DOTALL)
+ANSWER = "```{code-cell} ipython3\n# your answer\n```"
 EXTRA_PAGES = {"index", "genindex", "search"}  # Sphinx adds these; index only redirects to the root page
 
 
@@ -127,6 +129,26 @@ def give_address(repository: str, source=".") -> list[Path]:
         write(nb, path)
         changed += [md, path]
     return changed
+
+
+def handout(notebooks: list[Path], folder) -> list[Path]:
+    """Copies for a class: without outputs, and with an empty cell in place of each solution. Hints stay."""
+    import jupytext
+
+    folder, copies = Path(folder), {}
+    for path in notebooks:
+        text = SOLUTION.sub(ANSWER, path.with_suffix(".md").read_text("utf-8"))
+        if "{admonition} Solution" in text:
+            raise PgsegError(f"{path.with_suffix('.md')}: a solution has no end; close it with a line that is only :::")
+        copies[folder / path.name] = jupytext.reads(text, fmt="md:myst")
+    if folder.is_file():
+        raise PgsegError(f"{folder} is a file; give a folder")
+    if there := next(filter(Path.exists, copies), None):
+        raise PgsegError(f"{there} is there already and may hold somebody's answers; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, nb in copies.items():
+        write(nb, path)
+    return list(copies)
 
 
 def run(notebook: Path, target: Path, profile: str) -> tuple[str, float, str]:

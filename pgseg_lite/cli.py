@@ -147,6 +147,9 @@ def build_parser():
     command(book, run_book_check, "check", "check that notebooks and their text pairs say the same")
     address = command(book, run_book_address, "address", "say where on GitHub this book is: badges, buttons, bootstrap")
     address.add_argument("repository", metavar="OWNER/NAME", help="in place of the one before; outputs stay")
+    handout = command(book, run_book_handout, "handout", "write copies for a class: no outputs and no solutions")
+    handout.add_argument("folder", type=Path, help="where to; nothing that lies there is replaced")
+    handout.add_argument("--only", default="", help="only the notebooks whose name contains this")
     command(book, run_book_sync, "sync", "make each .ipynb from its .md, keeping outputs of unchanged cells")
     return parser
 
@@ -296,21 +299,28 @@ def run_data_show(args):
     print(args.output)
 
 
-def chapters_here():
+def chapters_here(part=""):
+    """The chapters of this checkout that have `part` in their names."""
     from .book import chapters
 
-    if found := chapters():
+    here = chapters()
+    if not here:
+        raise SettingsError("there is no notebooks/ here; run this in a checkout")
+    if found := [path for path in here if part in path.name]:
         return found
-    raise SettingsError("there is no notebooks/ here; run this in a checkout")
+    raise SettingsError(f"no notebook with {part!r} in its name in notebooks/; correct it")
 
 
 def run_book_execute(args):
     from .book import execute
 
-    found = [path for path in chapters_here() if args.only in path.name]
-    if not found:
-        raise SettingsError(f"no notebook with {args.only!r} in its name in notebooks/; correct it")
-    execute(found, args.profile, jobs=args.jobs, keep=args.keep)
+    execute(chapters_here(args.only), args.profile, jobs=args.jobs, keep=args.keep)
+
+
+def run_book_handout(args):
+    from .book import handout
+
+    print(*handout(chapters_here(args.only), args.folder), sep="\n")
 
 
 def run_book_build(args):

@@ -151,6 +151,86 @@ def test_execute_refuses_a_drifted_pair(chapter, tmp_path):
         book.execute([chapter], "smoke", tmp_path / "out")
 
 
+# ---- copies for a class ----
+
+EXERCISES = """
+## Exercises
+
+**1. Add.** What is one and one?
+
+:::{admonition} Solution
+:class: dropdown
+
+```python
+print("secret")
+```
+:::
+
+**2. Think.** And why?
+
+:::{admonition} Hints
+:class: dropdown
+
+Count.
+:::
+"""
+
+
+def test_a_handout_has_an_empty_cell_for_each_solution_no_outputs_and_all_else(chapter, tmp_path, capsys, monkeypatch):
+    chapter.with_suffix(".md").write_text(SOURCE + EXERCISES)
+    book.sync(chapter)
+    edit(chapter, lambda nb: nb.cells[2].update(outputs=[new_output("stream", text="lite\n")], execution_count=2))
+    stored = chapter.read_bytes()
+    monkeypatch.chdir(chapter.parents[1])
+    assert main(["book", "handout", str(tmp_path / "for" / "class")]) == 0
+    (copy,) = (tmp_path / "for" / "class").iterdir()
+    assert capsys.readouterr().out.split() == [str(copy)]
+    nb = nbformat.read(copy, as_version=4)
+    nbformat.validate(nb)
+    assert [c.cell_type for c in nb.cells[-3:]] == ["markdown", "code", "markdown"]
+    assert nb.cells[-2].source == "# your answer" and "secret" not in copy.read_text()
+    assert "one and one" in nb.cells[-3].source and "Count." in nb.cells[-1].source
+    assert book.cells(copy)[:4] == book.cells(chapter)[:4]
+    assert not any(c.outputs or c.execution_count for c in nb.cells if c.cell_type == "code")
+    assert chapter.read_bytes() == stored
+
+    copy.write_text("a student's work")
+    assert main(["book", "handout", str(copy.parent)]) == 2
+    assert "may hold somebody's answers" in capsys.readouterr().err and copy.read_text() == "a student's work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a_file"], "a_file is a file"),
+        (["new", "--only", "99_"], "no notebook with '99_'"),
+        (["notebooks"], "already"),
+    ],
+    ids=["file", "no such chapter", "the book itself"],
+)
+def test_a_handout_that_cannot_be_is_refused(chapter, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(chapter.parents[1])
+    Path("a_file").touch()
+    assert main(["book", "handout", *arguments]) == 2
+    assert said in capsys.readouterr().err and not Path("new").exists()
+
+
+def test_a_solution_without_an_end_is_not_handed_out(chapter, tmp_path):
+    chapter.with_suffix(".md").write_text(SOURCE + EXERCISES.replace("```\n:::\n", "```\n").partition("**2.")[0])
+    with pytest.raises(PgsegError, match="a solution has no end"):
+        book.handout([chapter], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_solution_of_the_book_is_handed_out(repo, tmp_path):
+    found = book.chapters(repo / "notebooks")
+    for path, copy in zip(found, book.handout(found, tmp_path), strict=True):
+        solutions = path.with_suffix(".md").read_text().count("{admonition} Solution")
+        copied = nbformat.read(copy, as_version=4)
+        assert sum(cell.source == "# your answer" for cell in copied.cells) == solutions >= 3
+        assert "Solution" not in copy.read_text()
+
+
 # ---- the book's address ----
 
 

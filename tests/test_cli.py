@@ -30,7 +30,7 @@ def test_installed_command_prints_help_without_loading_torch():
     "command",
     ["", "train", "evaluate", "prompts", "prompts list", "prompts lint", "data", "data list", "data check", "data show",
      "data get",
-     "book", "book execute", "book build", "book check", "book sync"],
+     "book", "book execute", "book build", "book check", "book sync", "book handout"],
 )  # fmt: skip
 def test_every_command_has_help(capsys, command):
     status, out, _ = run(capsys, *command.split(), "--help")
