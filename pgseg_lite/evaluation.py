@@ -200,9 +200,11 @@ def present_statistics(records, resamples, seed):
 
 def resample(per_image, resamples, seed):
     """Mean over images [M] and its bootstrap samples [n, M]; an index `source@y,x` is a tile of `source`."""
-    sources = per_image.index.map(source_of)
-    sums = per_image.groupby(sources, sort=False).sum().to_numpy(float)  # [sources, M]
-    counts = per_image.notna().groupby(sources, sort=False).sum().to_numpy(float)
+    source, sources = pd.factorize(per_image.index.map(source_of))
+    values, sums = per_image.to_numpy(float), np.zeros((len(sources), per_image.shape[1]))  # [images, M], [sources, M]
+    known, counts = ~np.isnan(values), np.zeros_like(sums)
+    np.add.at(sums, source, np.where(known, values, 0))
+    np.add.at(counts, source, known)
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate = sums.sum(0) / counts.sum(0)
         # The same seed draws the same sources, so the quotient is the mean over the tiles drawn.

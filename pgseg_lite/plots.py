@@ -161,10 +161,18 @@ def rows_of_methods(methods, count):
     return figure, list(axes.flat)
 
 
+def settled(figure):
+    """The figure after one more round of its layout: one is too few for square panels under titles of two lines."""
+    engine = figure.get_layout_engine()
+    if engine and any(axis.get_aspect() != "auto" for axis in figure.axes):
+        engine.execute(figure)
+    return figure
+
+
 def png(figure, dpi=100, colours=None):
     """The figure as the bytes of a PNG file; with a palette of 256 `colours`, tissue takes a third of them."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    settled(figure).savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     if colours:
         from PIL import Image
 

@@ -50,8 +50,10 @@ def slider(figures, labels, alts, name, start=0):
 
 def jpeg_url(figure):
     """Tissue does not compress as PNG: a dozen frames would not fit a page."""
+    from .plots import settled
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=200, facecolor="white", pil_kwargs={"quality": 85})
+    settled(figure).savefig(buffer, format="jpeg", dpi=200, facecolor="white", pil_kwargs={"quality": 85})
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

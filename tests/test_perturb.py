@@ -388,6 +388,9 @@ def test_picture_tells_kinds_apart(curves):
     assert titles[0] == "typos: should stay" and "german: not claimed" in titles and titles[-1] == "foil: must move"
     grounds = {axis.get_title(): axis.get_facecolor() for axis in figure.axes}
     assert len({grounds[title] for title in ("typos: should stay", "german: not claimed", "foil: must move")}) == 3
+    for column in range(4):
+        lowest = [axis for axis in figure.axes[column::4] if axis.get_title()][-1]
+        assert lowest.xaxis.get_tick_params()["labelbottom"], "where the last row is short, the one above has numbers"
     labels = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(labels) == ["fixed", "group"] and len(figure.axes[0].collections) == 2  # direct labels, intervals
     assert png(show_severity(curves, "dice"))[:4] == b"\x89PNG" and set(MEASURES) == {"agreement", "dice"}

@@ -39,6 +39,16 @@ def test_figures_are_white_pngs_with_one_panel_a_mask(image, masks):
     assert plots.png(figure) == plots.png(again)  # the same bytes, so a rerun leaves no diff
 
 
+@pytest.mark.parametrize("lines", (1, 2, 3))
+@pytest.mark.parametrize("count", (1, 3, 6))
+def test_titles_over_one_row_of_panels_are_not_cut_off(image, count, lines):
+    figure, axes = plots.panels(count, columns=count)
+    for axis in axes:
+        plots.outline(axis, image, title="\n".join(["a title"] * lines))
+    picture = np.asarray(Image.open(io.BytesIO(plots.png(figure))).convert("L"))
+    assert (picture[[0, -1]] == 255).all() and (picture[:, [0, -1]] == 255).all()
+
+
 def test_a_palette_makes_tissue_small_and_keeps_the_ground_white():
     tissue = pg.load_dataset("synthetic", split="test", size=1)[0]
 

@@ -75,6 +75,7 @@ class Answers:
 
     def __init__(self, folder=None):
         self.path, self.fresh, self.written = ":memory:", [], time.monotonic()
+        self.effort = 0 if folder is None else 1  # of compression
         if folder is not None:
             self.path = Path(folder) / "answers.sqlite"
             try:
@@ -109,7 +110,7 @@ class Answers:
 
     def keep(self, model, image, phrasing, answer):
         """Written at most once a second, all at once: a kill loses one second of answers."""
-        mask = zlib.compress(answer.packed.tobytes(), 1)
+        mask = zlib.compress(answer.packed.tobytes(), self.effort)
         self.fresh.append((model, image, phrasing, answer.presence, mask))  # NaN is stored as NULL
         if time.monotonic() - self.written > 1:
             self.write()

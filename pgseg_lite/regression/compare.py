@@ -27,7 +27,7 @@ from .adapters import adapt
 from .answers import image_key
 from .baseline import versions, write
 from .checks import FAIL
-from .collapse import alarms
+from .collapse import heard
 from .gates import FEWEST
 from .measurement import chosen, measure
 
@@ -140,7 +140,7 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
     model = start()
     setup = describe(data, bank, settings, model, held_out, per_level, quiet)
     claim(folder, setup)
-    images, heard, failed, spent = [], [], {}, []
+    images, swaps, failed, spent = [], [], {}, []
     grid = [(seed, name) for seed in range(seeds) for name in METHODS]
     for done, (seed, name) in enumerate(grid, 1):
         method, home, began = METHODS[name], folder / f"{name}-{seed}", time.perf_counter()
@@ -156,8 +156,8 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
         report(f"[{done}/{len(grid)}] {run}: {said}")
         if run not in failed:
             images.append(read_images(home).assign(method=method, seed=seed))
-            heard.append(dict(method=method, seed=seed) | json.loads((home / "heard.json").read_text()))
-    finished = [(row["seed"], row["method"]) for row in heard]
+            swaps.append(dict(method=method, seed=seed) | json.loads((home / "heard.json").read_text()))
+    finished = [(row["seed"], row["method"]) for row in swaps]
     pairs = sum(all((seed, method) in finished for method in METHODS.values()) for seed in range(seeds))
     if not pairs:
         raise TrainingError(f"{folder}: no seed has both runs, since others diverged: {next(iter(failed.values()))}")
@@ -167,7 +167,7 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
     )  # fmt: skip
     enough = about["held_out_images"] >= FEWEST and pairs >= SEEDS
     table = side_by_side(pd.concat(images), data.targets, enough)
-    found = Comparison(about, table, pd.DataFrame(heard), failed, folder)
+    found = Comparison(about, table, pd.DataFrame(swaps), failed, folder)
     write(folder / "compare.json", found.json())
     write(folder / "compare.csv", found.table.to_csv(index=False))
     return found
@@ -249,9 +249,9 @@ def execute(home, model, rest, held, bank, settings, per_level, quiet):
     resume = (home / "run.json").exists()
     result = train(rest, bank, home, settings, model=model, resume=resume, device=device, quiet=quiet)
     measured = measure(adapt(result.model), held, bank, settings.levels, per_level, "heldout", quiet=quiet)
-    heard = next(check for check in alarms(measured) if check.gate == "deaf")
-    heard = {name: getattr(heard, name) for name in ("outcome", "reason", "estimate")}
-    write(home / "heard.json", json.dumps(heard))  # NaN where the bank has one target
+    check = heard(measured)
+    said = {name: getattr(check, name) for name in ("outcome", "reason", "estimate")}
+    write(home / "heard.json", json.dumps(said))  # NaN where the bank has one target
     write(home / "records.csv", measured.records.query("split != 'foils'").to_csv(index=False))
     for checkpoint in home.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

@@ -116,7 +116,7 @@ def pictures(result):
 
     for target, example in sorted(result.examples.items(), key=lambda item: item[1].agreement)[:WORST]:
         figure, alt = show_example(target, example)
-        data = base64.b64encode(png(figure, dpi=110, colours=64)).decode()
+        data = base64.b64encode(png(figure, dpi=110, colours=128)).decode()
         caption = (
             f"{target}, image {example.image}: agreement {example.agreement:.2f} over {len(example.packed)} phrasings."
         )

@@ -122,7 +122,9 @@ def show_severity(curves, measure="agreement", columns=4):
         axis.set_title(f"{kind}: {expected}", fontsize=9, color=ink)
         axis.set(xlim=(-0.3, 7.4), ylim=(-0.03, 1.06), xticks=range(6), xlabel="", ylabel="")
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes.flat)[len(kinds) :]:
+    for axis in axes.flat[max(len(kinds) - columns, 0) :]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(kinds) :]:
         axis.set_axis_off()
     figure.supxlabel("severity of the change in wording", fontsize=9)
     figure.supylabel(MEASURES[measure], fontsize=9)

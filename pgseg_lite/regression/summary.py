@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from ..data.dataset import source_of
 from ..evaluation import resample, robustness, with_interval
@@ -94,7 +94,8 @@ def simultaneous(wide, resamples=2000, seed=0, level=0.95):
     width = 0.0
     if moved.any():
         width = np.quantile(np.nanmax(np.abs(samples - estimate)[:, moved] / error[moved], axis=1), level)
-    reach = width * error * stats.t.ppf((1 + level) / 2, count - 1) / stats.norm.ppf((1 + level) / 2)
+    students, normal = special.stdtrit(count - 1, (1 + level) / 2), special.ndtri((1 + level) / 2)
+    reach = width * error * students / normal
     return estimate, estimate - reach, estimate + reach
 
 
