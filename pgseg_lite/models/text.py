@@ -100,11 +100,15 @@ class TextEncoder:
     def _load(self):
         if self._model is None:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
 
-            folder = Path(self._folder or find_encoder())
+            folder, shown = Path(self._folder or find_encoder()), logging.is_progress_bar_enabled()
             check_hash(folder / "model.safetensors")
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            logging.disable_progress_bar()  # of a second's work, and it would stay in a notebook for good
             self._model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+            if shown:
+                logging.enable_progress_bar()
 
     def _embed(self, texts):
         import torch
