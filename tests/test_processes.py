@@ -70,9 +70,9 @@ def test_two_processes_give_the_weights_of_accumulation_2(run, alone, tmp_path):
 def test_a_run_goes_on_on_a_machine_where_phrasings_fit_at_once(run, alone, capsys):
     again = [*run, "--accumulation", "2", "--output", str(alone), "--resume"]
     assert json.loads((alone / "run.json").read_text())["serial"] is True  # what was chosen on a CPU
-    assert main([*again, "--no-serial"]) == 0
-    assert main([*again, "--no-checkpointing"]) == 2
-    assert "cannot resume, checkpointing was True and is now False; use the same" in capsys.readouterr().err
+    assert main([*again, "--no-serial", "--no-checkpointing"]) == 0  # a matter of memory alone
+    assert main([*again, "--beta", "1"]) == 2
+    assert "cannot resume, beta was 0.1 and is now 1.0; use the same" in capsys.readouterr().err
 
 
 def test_no_option_is_taken_for_one_of_the_launchers():
