@@ -51,7 +51,7 @@ measure: $(READY)  ## measure what stands beside the experiments: a larger budge
 	python benchmarks/compute_cost.py
 
 experiments: $(READY)  ## run every experiment of the book and store its tables (needs PGSEG_DATA; PROFILE=, JOBS=)
-	for name in table1 table2 table4 table5 table5_colour causes causes_presence; do pgseg experiment $$name --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) || exit 1; done
+	for name in table1 table2 table4 table5 table5_colour causes causes_presence causes_beta; do pgseg experiment $$name --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) || exit 1; done
 	for name in imprecise evolve preferences; do pgseg experiment $$name --profile $(PROFILE) || exit 1; done
 
 bench: $(READY)  ## time the pieces side by side

@@ -165,6 +165,7 @@ CAUSES = {
     "twice the steps, L_seg only": dict(steps=2, **FOUR[SEG]),
 }
 PRESENCE = {FULL: {}, "presence weight 1": dict(presence_weight=1.0)}
+STRONG = {FULL: {}, "beta=1": dict(beta=1.0)}
 SHIFTS = "stain_pale", "scanner_colour", "blur", "frozen_section"
 PANNUKE = Data("pannuke", "fold3")
 UNTOUCHED = {  # label -> Data; only all nuclei, as in the paper
@@ -219,6 +220,9 @@ EXPERIMENTS = {
     "causes_presence": Experiment(
         "one more guess: the presence loss at the weight of the masks' own, ten times its share here",
         PRESENCE, {"validation": VALIDATION}, FULL,
+    ),
+    "causes_beta": Experiment(
+        "one more guess: ten times the paper's weight of consistency", STRONG, {"validation": VALIDATION}, FULL,
     ),
 }  # fmt: skip
 
