@@ -141,8 +141,6 @@ def handout(notebooks: list[Path], folder) -> list[Path]:
         if "{admonition} Solution" in text:
             raise PgsegError(f"{path.with_suffix('.md')}: a solution has no end; close it with a line that is only :::")
         copies[folder / path.name] = jupytext.reads(text, fmt="md:myst")
-    if folder.is_file():
-        raise PgsegError(f"{folder} is a file; give a folder")
     if there := next(filter(Path.exists, copies), None):
         raise PgsegError(f"{there} is there already and may hold somebody's answers; give another folder")
     folder.mkdir(parents=True, exist_ok=True)

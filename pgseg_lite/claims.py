@@ -52,7 +52,7 @@ def value(claim):
         table = table[table[column] == wanted]
     if len(table) != 1:
         raise ResultError(f"{claim['result']}: {len(table)} rows fit {where}; a claim needs exactly one")
-    return table[claim.get("column", "value")].iloc[0]
+    return table[claim["column"]].iloc[0]
 
 
 def bounds(claim):

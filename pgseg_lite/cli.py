@@ -320,6 +320,7 @@ def run_book_execute(args):
 def run_book_handout(args):
     from .book import handout
 
+    check_folder(args.folder, "the copies")
     print(*handout(chapters_here(args.only), args.folder), sep="\n")
 
 

@@ -24,8 +24,7 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     mask with the others of its group) and flips (share of the image on which the group does not agree).
     A model that is shown where the nuclei are (`predict_from_masks`) reads no phrasing: one row an image and target.
     """
-    if not getattr(model, "name", None):
-        raise ModelError(f"{type(model).__name__} has no name, which every record shows; set one: model.name = 'ours'")
+    check_name(model)
     if per_level is not None and per_level < 1:
         raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     if shown := getattr(model, "visual_prompt", None):
@@ -59,6 +58,11 @@ COLUMNS = (
     "segmenter", "dataset", "image", "target", "phrasing", "level", "split", "dice", "iou", "presence",
     "area_true", "area_pred", "absent", "agreement", "flips",
 )  # fmt: skip
+
+
+def check_name(model):
+    if not getattr(model, "name", None):
+        raise ModelError(f"{type(model).__name__} has no name, which every record shows; set one: model.name = 'ours'")
 
 
 def choose(bank, target, levels, split, per_level):

@@ -202,7 +202,7 @@ def test_a_handout_has_an_empty_cell_for_each_solution_no_outputs_and_all_else(c
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["a_file"], "a_file is a file"),
+        (["a_file"], "a_file: a file; give a folder for the copies"),
         (["new", "--only", "99_"], "no notebook with '99_'"),
         (["notebooks"], "already"),
     ],

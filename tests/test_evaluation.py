@@ -9,6 +9,7 @@ import pgseg_lite as pg
 from pgseg_lite.errors import BankError, ModelError, SettingsError
 from pgseg_lite.evaluation import COLUMNS, choose
 from pgseg_lite.models.lite import LiteConfig, LiteSegmenter
+from pgseg_lite.regression import adapt
 
 BANK = """
 name: tiny
@@ -190,6 +191,8 @@ def test_a_model_without_a_name_and_a_bank_without_foils_are_refused_at_once(ban
     model = type("Own", (), {"predict": lambda self, image, prompts: asked.append(image)})()
     with pytest.raises(ModelError, match=r"Own has no name, which every record shows; set one: model\.name = 'ours'"):
         pg.evaluate(model, Images(), bank, quiet=True)
+    with pytest.raises(ModelError, match="Own has no name"):
+        adapt(model)
     model.name = "ours"
     with pytest.raises(BankError, match="bank 'tiny' has no foils for any of all, dead; add some first"):
         pg.evaluate(model, Images(), bank, split="foils", quiet=True)

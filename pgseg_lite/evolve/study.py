@@ -1,6 +1,7 @@
 """`pgseg experiment evolve`: the paper's four results and its open ends on films, then the search among wordings."""
 
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -56,6 +57,7 @@ CELLS = {
 MODELS = {"one fixed phrasing": "fixed", "prompt groups": "group"}  # the bundled checkpoints of lite
 
 
+@cache  # the cells and their keys ask for the same
 def films_of(profile):
     counts = zip(("train", "val", "test"), SIZES[profile].films, strict=True)
     return [load_films(split, count, profile) for split, count in counts]

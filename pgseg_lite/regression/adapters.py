@@ -24,7 +24,7 @@ from uuid import uuid4
 import torch
 
 from ..errors import ModelError, SettingsError
-from ..evaluation import predict_packed
+from ..evaluation import check_name, predict_packed
 from ..metrics import pack
 from ..models import SEGMENTERS, identity, load_segmenter
 from .answers import Answer, as_mask, fingerprint, reason_of
@@ -51,6 +51,7 @@ def adapt(model="lite", checkpoint=None, device=None, *, version="", timeout=60.
     if hasattr(model, "asking"):
         return Asked(model, getattr(model, "workers", 1))
     if hasattr(model, "predict"):
+        check_name(model)
         refuse_visual(model.name, hasattr(model, "visual_prompt"))
         return Builtin(model, version)
     if callable(model):
