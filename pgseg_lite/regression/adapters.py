@@ -15,7 +15,8 @@ it is asked by one thread, or by as many as its `workers` says. Models that answ
 """
 
 import re
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
@@ -148,10 +149,14 @@ class Asked:
     def answers(self, sample, texts):
         with self.model.asking(sample.image) as ask:
             pool = ThreadPoolExecutor(self.workers)
+            left, running = deque(texts), {}
             try:
-                futures = {pool.submit(answer, ask, text, sample.image.shape[:2]): text for text in texts}
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
+                while left or running:
+                    while left and len(running) < 2 * self.workers:  # not all: who gives up would pay for the rest
+                        text = left.popleft()
+                        running[pool.submit(answer, ask, text, sample.image.shape[:2])] = text
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running.pop(future), future.result()
             finally:  # also when whoever asks gives up
                 pool.shutdown(cancel_futures=True)
 
