@@ -87,7 +87,7 @@ def test_few_images_and_seeds_never_give_a_verdict(done):
 
 def test_reports_say_the_same(done):
     assert done.text().splitlines()[-1] == done.advice
-    assert "swap test: masks of one target overlap more than masks of two" in done.text()
+    assert "target-swap test: masks of one target overlap more than masks of two" in done.text()
     stored = json.loads((done.folder / "compare.json").read_text())
     assert stored["advice"] == done.advice and len(stored["table"]) == len(done.table)
     assert len(pd.read_csv(done.folder / "compare.csv")) == len(done.table)
@@ -205,7 +205,7 @@ def images(seeds=3, count=8, **gain):
     [
         (dict(dice=0.05), "keep the terms: they make the Dice of all and the Dice of categories better"),
         (dict(sd=-0.05), "keep the terms: they make the spread of all and the spread of categories better"),
-        (dict(lowest=-0.05), "leave the terms out: they make the worst phrasing of all and"),
+        (dict(lowest=-0.05), "leave the terms out: they make the lowest Dice of all and"),
         (dict(false_area=0.05), "leave the terms out: they make the false area of all and"),
         (dict(sd=-0.05, dice=-0.05), "a trade that you must weigh: the terms make the spread of all"),
         (dict(agreement=0.3), "undecided: nothing is shown; train longer than 500 steps, or hold out more than 8"),
@@ -230,7 +230,7 @@ def test_advice_names_what_agreement_was_bought_with():
     found = images(sd=-0.05)
     found.heard["estimate"] = [0.3, 0.1]
     assert found.advice.startswith("a trade that you must weigh: the terms make the spread of all and")
-    assert found.advice.endswith("better, and the model listens less: the swap test falls from 0.30 to 0.10")
+    assert found.advice.endswith("better, and the model listens less: the target-swap test falls from 0.30 to 0.10")
 
 
 def test_from_the_shell(place, tmp_path, capsys):

@@ -302,6 +302,17 @@ def test_too_few_images_for_a_gate(site, tmp_path):
         check_gates(result, max_spread=0.1)
 
 
+def test_too_few_images_are_said_before_a_model_is_asked_and_when_a_baseline_is_stored(site, tmp_path, capsys):
+    asked = f"robustness --device cpu --dataset folder --root {site}/data --split all --tile 0 --fraction 0.3 --bank {site}/bank.yaml"
+    assert main([*asked.split(), "--against", f"{site}/good.json", "--folder", f"{tmp_path}/kept"]) == 2
+    assert "a gate needs at least 6 images in common, and there are 2; add images" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+    main([*asked.split(), "--per-level", "1", "--save", f"{tmp_path}/small.json"])
+    said = capsys.readouterr()
+    assert f"{tmp_path}/small.json: holds 2 images, and --against needs 6; add some" in said.err
+    assert "9 of 18 phrasings of bank " in said.out
+
+
 def test_a_model_that_is_not_there_is_not_asked_ten_thousand_times(site):
     asked, workers = [], 3
 

@@ -26,8 +26,9 @@ exit status
   2  bad input
 
 in CI (store the baseline once and commit it, then gate every change)
-  pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml --save baseline.json
   pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml \\
+      --per-level 0 --save baseline.json
+  pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml --per-level 0 \\
       --against baseline.json --max-drop 0.02 --max-spread 0.05 --junit robustness.xml --html robustness.html
 
   # .github/workflows/robustness.yml
@@ -41,7 +42,7 @@ in CI (store the baseline once and commit it, then gate every change)
           with: {python-version: "3.12"}
         - run: pip install -r requirements.txt    # pgseg_lite and what your model needs
         - run: >
-            pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml
+            pgseg robustness --model my_package.serve:segment --images tests/tiles --bank our_bank.yaml --per-level 0
             --against baseline.json --max-drop 0.02 --junit robustness.xml --html robustness.html
         - uses: actions/upload-artifact@v4
           if: always()
@@ -67,10 +68,14 @@ def add_robustness_options(parser):
     parser.add_argument("--images", type=Path, help="a folder of images without masks, not --dataset; see --tile")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="quality levels to ask in")
     parser.add_argument("--phrasings", choices=("all", "heldout", "train"), default="all", help="which of the bank's")
-    parser.add_argument("--per-level", type=int, default=10, help="phrasings a target and level; 0 for all")
+    parser.add_argument(
+        "--per-level", type=int, default=10, help="phrasings a target and level, drawn alike each time; 0: all"
+    )
     parser.add_argument("--folder", type=Path, help="keep answers here: after a kill, the same command goes on")
     gates = parser.add_argument_group("gates")
-    gates.add_argument("--save", type=Path, help="store a baseline in this JSON file, unless --against fails")
+    gates.add_argument(
+        "--save", type=Path, help="store a baseline (of six images or more) in this JSON file, unless --against fails"
+    )
     gates.add_argument("--against", type=Path, help="compare with this baseline")
     gates.add_argument(
         "--max-drop",
@@ -98,6 +103,7 @@ def run_robustness(args, read_data):
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise SettingsError(f"--images measures a whole folder and takes no {listed}; leave it out, or use --dataset")
     bank = PromptBank.load(args.bank)
+    from ..data.dataset import source_of
     from . import adapters, baseline, gates, measurement, report  # torch, from here on
 
     before = baseline.load_baseline(args.against) if args.against else None
@@ -116,6 +122,8 @@ def run_robustness(args, read_data):
         print(f"{args.save}: not written, since a gate failed; call without --against to store it", file=sys.stderr)
     elif args.save:
         baseline.save_baseline(result, args.save)
+        if (count := len({*map(source_of, result.keys)})) < gates.FEWEST:
+            print(f"{args.save}: holds {count} images, and --against needs {gates.FEWEST}; add some", file=sys.stderr)
     for kind in ("json", "junit", "html"):
         if path := outputs.get(kind):
             baseline.write(path, getattr(found, kind)())

@@ -36,7 +36,7 @@ SETTINGS = LEARNERS["lite"].settings["lite"]
 SEEDS = 3  # with fewer no verdict: the sign of one or two differences is too easily a chance
 SHOWN = {
     "dice": "Dice",
-    "lowest": "worst phrasing",
+    "lowest": "lowest Dice",
     "sd": "spread",
     "agreement": "agreement",
     "false_area": "false area",
@@ -49,7 +49,7 @@ DECIDE = {"better": ("dice", "lowest", "sd"), "worse": ("dice", "lowest", "sd", 
 class Comparison:
     """`table`: a row per target ("categories": their mean) and measure, with and without the terms, and the difference.
 
-    `heard`: a row per run, the swap test. `failed`: runs that diverged. `folder` holds every trained model.
+    `heard`: a row per run, the target-swap test. `failed`: runs that diverged. `folder` holds every trained model.
     """
 
     about: dict
@@ -86,12 +86,12 @@ class Comparison:
         return f"undecided: nothing is shown; train longer than {steps} steps, or hold out more than {held} images"
 
     def price(self):
-        """A clause where the swap test falls by half or more on every seed: not deaf, but on the way there."""
+        """A clause where the target-swap test falls by half or more on every seed: not deaf, but on the way there."""
         heard = self.heard.pivot(index="seed", columns="method", values="estimate").dropna()
         if not len(heard) or not (heard[FULL] < heard[SEG] / 2).all():
             return ""
         before, after = heard[SEG].mean(), heard[FULL].mean()
-        return f", and the model listens less: the swap test falls from {before:.2f} to {after:.2f}"
+        return f", and the model listens less: the target-swap test falls from {before:.2f} to {after:.2f}"
 
     def decided(self, verdict):
         rows = self.table[(self.table["verdict"] == verdict) & self.table["measure"].isin(DECIDE[verdict])]
@@ -99,7 +99,7 @@ class Comparison:
         return " and ".join(f"the {SHOWN[row.measure]} of {row.target}" for row in rows.itertuples())
 
     def text(self):
-        """For a terminal: the table, the swap test, what diverged, and the advice as the last line."""
+        """For a terminal: the table, the target-swap test, what diverged, and the advice as the last line."""
         about, wide = self.about, max(map(len, [*self.table["target"], "target"]))
         lines = [
             f"{about['model']}, {about['steps']} steps, {about['seeds']} seeds, {about['training_images']} images of "
@@ -115,9 +115,9 @@ class Comparison:
         hearing = self.heard.groupby("method", sort=False)["estimate"].mean()
         if hearing.notna().any():
             said = ", ".join(f"{value:.2f} {name}" for name, value in zip(("without", "with"), hearing, strict=True))
-            lines.append(f"swap test: masks of one target overlap more than masks of two, by {said} (IoU)")
+            lines.append(f"target-swap test: masks of one target overlap more than masks of two, by {said} (IoU)")
         else:
-            lines.append(f"swap test: {self.heard['reason'].iloc[0]}")
+            lines.append(f"target-swap test: {self.heard['reason'].iloc[0]}")
         lines += [f"left out: {run}: {said}" for run, said in self.failed.items()]
         return "\n".join([*lines, self.advice])
 

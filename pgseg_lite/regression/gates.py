@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..data.dataset import source_of
 from ..errors import ResultError, SettingsError
 from .answers import image_key
 from .baseline import ITEM
@@ -43,7 +44,10 @@ def check_before(data, baseline=None, max_drop=0.02, max_spread=None, max_failur
     """What `check_gates` would refuse afterwards, as far as it is known before a model is asked."""
     check_limits(max_drop, max_spread, max_failures)
     if baseline is not None:
-        check_alike(baseline, bool(data.targets), (image_key(sample.image) for sample in data))
+        keys = {sample.id: image_key(sample.image) for sample in data}
+        check_alike(baseline, bool(data.targets), keys.values())
+        common = [id for id, key in keys.items() if key in baseline.keys.values()]
+        check_enough(baseline.path, len({*map(source_of, common)}))
 
 
 def check_limits(max_drop, max_spread, max_failures):
@@ -60,6 +64,11 @@ def check_alike(baseline, truth, keys):
     known = set(baseline.keys.values())
     if not any(key in known for key in keys):
         raise ResultError(f"{baseline.path}: none of its images is in this run; measure the images of the baseline")
+
+
+def check_enough(who, count):
+    if count < FEWEST:
+        raise ResultError(f"{who}: a gate needs at least {FEWEST} images in common, and there are {count}; add images")
 
 
 def answers(result, max_failures):
@@ -121,9 +130,7 @@ def intervals(wide, who):
     """(column, estimate, low, high); NaN for columns with too few images."""
     wide = wide.dropna(axis=1, how="all")
     enough = wide.loc[:, sources(wide) >= FEWEST]
-    if enough.empty:
-        most = max(sources(wide), default=0)
-        raise ResultError(f"{who}: a gate needs at least {FEWEST} images in common, and there are {most}; add images")
+    check_enough(who, max(sources(wide), default=0))
     yield from zip(enough, *simultaneous(enough), strict=True)
     yield from ((column, np.nan, np.nan, np.nan) for column in wide if column not in enough)
 

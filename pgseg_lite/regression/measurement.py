@@ -42,7 +42,8 @@ class Measurement:
     `pairs`: image, first, second (targets) and the IoU of their majorities, where one of them is not empty.
     """
 
-    about: dict  # model, fingerprint, bank, bank_digest, dataset, data_digest, truth, targets, levels
+    about: dict  # model, fingerprint, bank, bank_digest, dataset, data_digest, truth, targets, levels, and
+    #              phrasings: how many of the bank's were asked, and how many there are at these levels
     records: pd.DataFrame
     pairs: pd.DataFrame
     failures: pd.DataFrame  # image, phrasing, reason
@@ -76,12 +77,13 @@ def no_masks(labels, path, shape):
 
 
 def measure(model, data, bank, levels=LEVELS, per_level=10, split=None, folder=None, quiet=False):
-    """Ask an adapted model (see `adapt`) about every image in every phrasing, and in the bank's foils.
+    """Ask an adapted model (see `adapt`) about every image in the bank's phrasings and in its foils.
 
     data: a dataset, or `open_pictures(...)` for images without masks. split: heldout or train phrasings, None for all.
+    per_level: phrasings a target and level, drawn alike each time; None for all.
     folder: where answers are kept; a second call asks only what is not there. A failed item is asked again.
     """
-    phrasings, foils = chosen(bank, data, levels, per_level, split)
+    (phrasings, foils), (there, _) = (chosen(bank, data, levels, count, split) for count in (per_level, None))
     texts = list(dict.fromkeys(p.text for group in (phrasings, foils) for found in group.values() for p in found))
     wanted = set(texts)
     rows, pairs, failures, keys, examples, kept = [], [], [], {}, {}, 0
@@ -116,7 +118,8 @@ def measure(model, data, bank, levels=LEVELS, per_level=10, split=None, folder=N
     if not rows:
         raise gone(model, failures[-1], "no item was answered") if failures else DataError(f"{data.name} has no images")
     about = dict(
-        model=model.name, fingerprint=model.fingerprint, bank=bank.name, bank_digest=bank.digest, dataset=data.name,
+        model=model.name, fingerprint=model.fingerprint, bank=bank.name, bank_digest=bank.digest,
+        phrasings=[sum(map(len, found.values())) for found in (phrasings, there)], dataset=data.name,
         data_digest=image_key(np.frombuffer("".join(keys.values()).encode(), np.uint8))[:12], truth=bool(data.targets),
         targets=list(phrasings), levels=[level for level in LEVELS if level in levels],
     )  # fmt: skip

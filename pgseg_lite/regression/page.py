@@ -138,12 +138,14 @@ def show_example(target, example):
     figure, axes = panels(4, columns=2)
     axes[0].imshow(disagreement(masks), cmap="magma", vmin=0, vmax=1)
     axes[0].set_title("disagreement", fontsize=8)
-    for axis, i in zip(axes[1:], dict.fromkeys([order[-1], order[0], order[min(1, len(order) - 1)]]), strict=False):
+    shown = [*dict.fromkeys([order[-1], *order[:2]])]
+    for axis, i in zip(axes[1:], shown, strict=False):
         outline(axis, example.pixels, masks[i], example.truth, example.phrasings[i])
+    far = " and ".join(f"{example.phrasings[i]!r} with Dice {near[i]:.2f}" for i in shown[1:])
     alt = (
-        f"Four panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, "
-        f"then the outlined mask of {example.phrasings[order[-1]]!r}, nearest to the majority, and of "
-        f"{example.phrasings[order[0]]!r}, furthest from it with Dice {near[order[0]]:.2f}."
+        f"Panels for {target} on image {example.image}: where the masks of {len(masks)} phrasings disagree, "
+        f"then the outlined mask of {example.phrasings[shown[0]]!r}, nearest to the majority, and what is furthest "
+        f"from it: {far}."
     )
     return figure, alt
 

@@ -35,9 +35,10 @@ class Report:
     @property
     def heading(self):
         about = self.result.about
+        asked, there = about["phrasings"]
         return (
             f"{about['model']} ({about['fingerprint']}) on {len(self.result.keys)} images of {about['dataset']} "
-            f"({about['data_digest']}), bank {about['bank']} ({about['bank_digest']})"
+            f"({about['data_digest']}), {asked} of {there} phrasings of bank {about['bank']} ({about['bank_digest']})"
         )
 
     @property
