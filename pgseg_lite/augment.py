@@ -7,6 +7,7 @@ from PIL import Image
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 STAINS = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
 UNMIX = np.linalg.inv(STAINS)
+MOST = 31  # masks of one view: they travel together, as the bits of one 32-bit image
 DENSITY = -np.log((np.arange(256) + 1) / 256).astype(np.float32)  # of each 8-bit value
 
 
@@ -15,7 +16,7 @@ def augment(image, masks, size, rng):
 
     Rotation, flip and a zoom of 0.75 to 1.33 about a random point; beyond the border the tissue is mirrored.
     """
-    assert len(masks) < 32, "masks travel as the bits of one 32-bit image"
+    assert len(masks) <= MOST
     height, width = image.shape[:2]
     angle, zoom, mirror = rng.uniform(0, 2 * np.pi), 2 ** rng.uniform(-0.41, 0.41), rng.choice((-1, 1))
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom

@@ -7,6 +7,7 @@ from pathlib import Path
 from . import __version__
 from .errors import PgsegError, SettingsError
 from .experiments import LEARNERS, named, result_name
+from .files import whole, write_text
 from .options import (
     add_bank_and_device,
     add_data_options,
@@ -44,6 +45,11 @@ def main(arguments=None):
     except OSError as error:  # what no check could foresee, such as a disk that fills up
         said = f"{error.filename}: {error.strerror}; see that it can be read and written" if error.filename else error
         print(f"pgseg: {said}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it here would take seconds
+            raise
+        print("pgseg: the GPU's memory is too small; cut the images smaller, or use --device cpu", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pgseg: stopped", file=sys.stderr)
@@ -190,9 +196,7 @@ def run_evaluate(args):
     per_level = PER_LEVEL[args.profile] if args.per_level is None else args.per_level
     records = evaluate(model, read_data(args), bank, args.levels, args.phrasings, per_level or None)
     if args.records:
-        partial = args.records.with_name(args.records.name + ".part")
-        records.to_csv(partial, index=False)
-        partial.replace(args.records)
+        write_text(args.records, records.to_csv(index=False))
     table = robustness(records, by=("target",)).set_index("target")
     print(table[["mean", "sd", "range", "worst", "agreement", "flips", "false_area", "images"]].round(3).to_string())
     for target, row in table.dropna(subset="worst").iterrows():
@@ -293,9 +297,10 @@ def run_data_show(args):
     check_file(args.output, "the picture")
     if args.output.suffix != ".png":
         raise SettingsError(f"{args.output}: the picture is a PNG; give a name that ends in .png")
-    data, partial = read_data(args), args.output.with_suffix(".part")
-    show_samples([data[i] for i in range(min(4, len(data)))], data.targets).savefig(partial, dpi=120, format="png")
-    partial.replace(args.output)
+    data = read_data(args)
+    figure = show_samples([data[i] for i in range(min(4, len(data)))], data.targets)
+    with whole(args.output) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     print(args.output)
 
 

@@ -25,8 +25,6 @@ def evaluate(model, data, bank, levels=LEVELS, split="heldout", per_level=10, qu
     A model that is shown where the nuclei are (`predict_from_masks`) reads no phrasing: one row an image and target.
     """
     check_name(model)
-    if per_level is not None and per_level < 1:
-        raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     if shown := getattr(model, "visual_prompt", None):
         phrasings = {target: [Phrasing(shown, target, "visual", "visual", "", shown)] for target in data.targets}
     else:
@@ -66,6 +64,8 @@ def check_name(model):
 
 
 def choose(bank, target, levels, split, per_level):
+    if per_level is not None and per_level < 1:
+        raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     if split == "foils":  # asked as if they were phrasings of the target that they resemble
         return [Phrasing(f.text, target, "foil", "foils", "", f.text) for f in bank.foils if f.target == target]
     chosen = []

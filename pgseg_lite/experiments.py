@@ -288,8 +288,7 @@ def make_run(method, changes, seed, profile, segmenter="lite", trained="CoNSeP",
         base = replace(base, trainable=trainable)
     steps = how.steps.get(trained, base.steps) if profile == "full" else base.steps
     changes["steps"] = steps * changes.get("steps", 1)  # a method says how many times the budget
-    precision = changes.pop("precision", None) or resolved_precision(base)
-    settings = replace(base, seed=seed, precision=precision, **changes)
+    settings = replace(base, seed=seed, precision=resolved_precision(base), **changes)
     data = how.sets[trained].at(profile)
     return Run(method, segmenter, start or how.start, how.options, trained, data, settings, dropout)
 

@@ -7,6 +7,7 @@ five targets is five of them. All batch terms are means over B.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -135,13 +136,13 @@ class GroupLoss:
             raise SettingsError(
                 f"consistency reading {consistency!r} is unknown; choose one of {', '.join(CONSISTENCY_READINGS)}"
             )
-        if not tau > 0:
-            raise SettingsError(f"tau is {tau}; a temperature must be above zero")
+        if not 0 < tau < inf:
+            raise SettingsError(f"tau is {tau}; a temperature must be above zero and finite")
         weights = dict(lam=lam, beta=beta, mask_weight=mask_weight, dice_weight=dice_weight,
                        presence_weight=presence_weight)  # fmt: skip
         for name, value in weights.items():
-            if not value >= 0:
-                raise SettingsError(f"{name} is {value}; a weight must be zero or more")
+            if not 0 <= value < inf:
+                raise SettingsError(f"{name} is {value}; a weight must be zero or more, and finite")
         self.tau, self.lam, self.beta, self.group, self.consistency = tau, lam, beta, group, consistency
         self.mask_weight, self.dice_weight, self.presence_weight = mask_weight, dice_weight, presence_weight
 

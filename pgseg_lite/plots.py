@@ -84,8 +84,9 @@ def show_disagreement(image, groups, titles):
     return figure
 
 
-def show_history(history, terms=("seg", "mask", "dice", "presence", "group", "consistency")):
+def show_history(history):
     """The loss terms over the steps of a run, a panel a term."""
+    terms = ("seg", "mask", "dice", "presence", "group", "consistency")
     figure, axes = plt.subplots(2, 3, figsize=(9, 4.2), layout="constrained", facecolor="white")
     for axis, term in zip(axes.flat, terms, strict=True):
         axis.plot(history["step"], history[term], color="#20639b", marker=".", markersize=3)
@@ -181,10 +182,11 @@ def png(figure, dpi=100, colours=None):
     return buffer.getvalue()
 
 
-def show(figure, alt, dpi=100, colours=None):
+def show(figure, alt, colours=None):
     """Put the figure into a notebook with a text for readers who do not see it."""
     from IPython.display import display
 
     if not alt.strip():
         raise SettingsError("a figure needs an alt text: say in a sentence what it shows")
-    display({"image/png": png(figure, dpi, colours), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+    data = {"image/png": png(figure, colours=colours), "text/plain": alt}
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)

@@ -22,6 +22,7 @@ import torch
 from .errors import DataError, Diverged, ModelError, SettingsError, TrainingError
 from .evaluation import evaluate
 from .experiments import BANK, find, runs
+from .files import write_text
 from .keys import run_key, test_key
 from .prompts import PromptBank
 from .settings import PER_LEVEL
@@ -55,6 +56,7 @@ def execute(run, key, tests, folder, quiet=True):
             )
             write_text(home / f"{name}.csv", records.to_csv(index=False))
     except torch.OutOfMemoryError as error:
+        error.__traceback__ = None  # whoever keeps it would keep the model
         raise ModelError("the GPU's memory is too small to test this run; take a larger GPU") from error
     if not run.settings:
         write_outcome(home, wall_s=time.perf_counter() - started)
@@ -88,12 +90,6 @@ def give_back_memory():
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def write_text(path, text):
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 # ---- many runs ----

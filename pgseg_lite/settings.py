@@ -50,6 +50,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise SettingsError(f"{name} is {value}; it must be a whole number and at least {least}")
+        if self.seed >= 2**32:
+            raise SettingsError(f"seed is {self.seed}; it must be below 2**32, as numpy takes it")
         if self.view < 32 or self.view % 16:
             raise SettingsError(f"view is {self.view}; it must be a multiple of 16 and at least 32")
         if not 0 < self.learning_rate < inf:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import SettingsError, TrainingError
 from .experiments import SEEDS
+from .files import write_text
 
 STUDIES = {  # name -> the module that holds its STUDY
     "imprecise": "visual.study",
@@ -47,7 +48,6 @@ def run_study(name, profile="lite", folder="_build/experiments", report=print):
     from .keys import checkpoint_digest, code_digest, hash_of
     from .models import CHECKPOINTS
     from .results import EXACT
-    from .runner import write_text
 
     study, folder = find(name), Path(folder).resolve() / name
     seeds = (study.seeds or SEEDS)[profile]

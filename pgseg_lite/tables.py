@@ -128,8 +128,10 @@ def paired(ours, theirs, measure, wanted, resamples, seed):
 
 def cube(table, measure):
     """Sums and counts of a measure over tiles, both [seeds, images, targets], "all" first."""
-    counts = table["absent" if measure == "false_area" else "tiles"].to_numpy(float)
-    sums = np.nan_to_num(table[measure].to_numpy(float) * counts)  # NaN where no tile counts
+    counts = table["absent" if measure == "false_area" else "tiles"].to_numpy(float, copy=True)
+    values = table[measure].to_numpy(float)
+    counts[np.isnan(values)] = 0  # no tile counts, or nothing is known, such as the agreement of a single phrasing
+    sums = np.nan_to_num(values) * counts
     shape, places = [], []
     for name in ("seed", "image", "target"):
         values = table[name].tolist()

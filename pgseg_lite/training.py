@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .augment import augment
+from .augment import MOST, augment
 from .errors import BankError, Diverged, ModelError, SettingsError, TrainingError
+from .files import write_text
 from .models.identity import fingerprint
 from .models.lite import LiteSegmenter, to_pixel_values
 from .settings import TrainSettings
@@ -47,6 +48,8 @@ class GroupDataset(torch.utils.data.Dataset):
             )
         if not len(data):
             raise SettingsError(f"dataset {data.name!r} has no samples to train on")
+        if len(data.targets) > MOST:
+            raise SettingsError(f"dataset {data.name!r} has {len(data.targets)} targets; at most {MOST} can be trained")
         self.data, self.settings, self.length = data, settings, length
         self.groups = [bank.group(target, levels=settings.levels, split="train") for target in data.targets]
         self.fixed = [bank.fixed(target) for target in data.targets]
@@ -198,6 +201,7 @@ def train(data, bank, output, settings=None, *, model=None, resume=False, device
     except torch.OutOfMemoryError as error:
         from .models.finetune import lighter
 
+        error.__traceback__ = None  # whoever keeps it would keep the model
         raise ModelError(f"the GPU's memory is too small for this run; {lighter(settings)}") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):  # by the very last step
         raise Diverged("the weights became NaN or infinite; lower the learning rate")
@@ -293,9 +297,7 @@ def prepare_output(output, run, resume):
     if resume:
         raise SettingsError(f"{output}: there is no run to resume here; start one without resume")
     output.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".part")
-    partial.write_text(json.dumps(run, indent=2) + "\n")
-    os.replace(partial, record)
+    write_text(record, json.dumps(run, indent=2) + "\n")
     return None
 
 

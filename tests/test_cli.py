@@ -1,11 +1,14 @@
 """`pgseg` as a person types it: what it prints, what it leaves, and what it says when something is wrong."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from pgseg_lite.cli import build_parser, main
 
@@ -36,6 +39,29 @@ def test_every_command_has_help(capsys, command):
     status, out, _ = run(capsys, *command.split(), "--help")
     assert status == 0 and out.startswith("usage: pgseg")
     assert len(out.splitlines()) > 3
+
+
+def test_a_full_gpu_is_one_sentence(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("pgseg_lite.evaluation.predict_packed", full)
+    status, _, said = run(capsys, *["evaluate", "--device", "cpu", "--size", "1", "--per-level", "1"])
+    assert status == 2 and "pgseg: the GPU's memory is too small; cut the images smaller, or use --device cpu" in said
+
+
+def test_more_targets_than_a_view_can_carry_are_refused_before_anything_is_written(capsys, tmp_path):
+    names = [f"kind{i}" for i in range(31)]
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    kinds = [{"id": i, "name": name} for i, name in enumerate(names)]
+    images = [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "categories": kinds, "annotations": []}))
+    bank = "".join(f"  {n}: {{fixed: the {n} nuclei, phrasings: {{low: [find {n}]}}}}\n" for n in ("all", *names))
+    (tmp_path / "bank.yaml").write_text("targets:\n" + bank)
+    asked = f"train --dataset coco --root {tmp_path} --split all --bank {tmp_path}/bank.yaml --tile 0 --view 32 --k 1"
+    status, _, said = run(capsys, *asked.split(), "--steps", "1", "--device", "cpu", "--output", tmp_path / "run")
+    assert status == 2 and "has 32 targets; at most 31 can be trained" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_offers_every_setting():

@@ -1,6 +1,7 @@
 """`pgseg compare`: two fine-tunings side by side, resumed and not mixed, and one sentence of advice that can be trusted."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -174,6 +175,19 @@ def test_a_bank_with_fewer_targets_than_the_data_compares_those(data, tmp_path):
     assert list(dict.fromkeys(found.table["target"])) == ["epithelial", "inflammatory"]
     assert found.table["decides"].all()
     assert data.targets == ("all", "epithelial", "inflammatory")  # the reader's data is as it was
+
+
+def test_only_one_model_is_held_at_a_time(data, bank, tmp_path):
+    begun = []
+
+    def start():
+        assert not any(one() is not None for one in begun), "the run before still holds its model"
+        model = pg.load_segmenter("lite", "fixed", "cpu")
+        begun.append(weakref.ref(model))
+        return model
+
+    compare(data, bank, tmp_path, TINY, start=start, seeds=1, per_level=1, quiet=True)
+    assert len(begun) == 3
 
 
 def test_runs_that_diverge_are_named(data, bank, tmp_path):

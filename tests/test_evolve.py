@@ -11,7 +11,7 @@ from pgseg_lite.errors import DataError, ModelError, ResultError, SettingsError
 from pgseg_lite.evolve import points, study, wording
 from pgseg_lite.evolve.chest import TASK, load_films, open_films, phantoms
 from pgseg_lite.evolve.promptable import Promptable, tiny, train_promptable
-from pgseg_lite.evolve.regressor import Regressor, centroid, fit, level_sets, six_points, true_dice
+from pgseg_lite.evolve.regressor import Examples, Regressor, centroid, fit, level_sets, six_points, true_dice
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +166,13 @@ def test_the_regressor_learns_and_is_the_one_of_the_best_epoch(model, scene):
     films, source, masks, fits, sure = points.candidates(model, scene, seed=1)
     assert len(masks) == 4 * 22 and set(source) == {"level set", "click inside", "click outside"}
     assert np.isnan(sure).sum() == 4 * 16
-    data = scene.images[torch.from_numpy(films)], torch.from_numpy(masks), torch.from_numpy(fits).float()
-    net = fit(*data, data, epochs=15, seed=0)
-    guessed = study.score(net, *data[:2]).numpy()
+    data = Examples(scene.images, *map(torch.from_numpy, (films, masks, fits.astype(np.float32))))
+    net = fit(data, data, epochs=15, seed=0)
+    guessed = study.score(net, *data.at(torch.arange(len(masks)))).numpy()
     assert np.corrcoef(guessed, fits)[0, 1] > 0.8
     assert sum(isinstance(layer, torch.nn.Conv2d) for layer in net.modules()) == 5
     with pytest.raises(SettingsError, match="epochs is 0"):
-        fit(*data, data, epochs=0)
+        fit(data, data, epochs=0)
 
 
 # ---- the climb and its safeguard ----

@@ -344,8 +344,9 @@ def test_a_run_that_the_gpu_cannot_hold_says_what_to_change(two_sets, sam3, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(pg.GroupLoss, "__call__", full)
-    with pytest.raises(ModelError, match="GPU's memory is too small for this run; try serial=True"):
+    with pytest.raises(ModelError, match="GPU's memory is too small for this run; try serial=True") as stopped:
         runner.execute(run, "full", test, tmp_path)
+    assert stopped.value.__cause__.__traceback__ is None  # its frames hold the model, and a worker keeps the error
     small = replace(run, settings=replace(run.settings, serial=True))
     with pytest.raises(ModelError, match="GPU's memory is too small for this run; take a larger GPU"):
         runner.execute(small, "serial", test, tmp_path)

@@ -22,6 +22,7 @@ from pgseg_lite.errors import ModelError, SettingsError
 from pgseg_lite.models import grounding_dino, tiles
 from pgseg_lite.models.base import THRESHOLD
 from pgseg_lite.models.sam2 import EMPTY
+from pgseg_lite.regression import adapt
 
 PROMPTS = ["nuclei", "find every inflammatory nuclei", "dead cells", "see nuclei"]
 NEVER = 0.9999  # a threshold that no box of the tiny detector reaches; nearly all reach EASY
@@ -141,6 +142,20 @@ def test_the_answer_is_the_union_of_sam2_s_masks_in_the_boxes_that_are_sure(load
         assert torch.equal(out.masks[0, k], (masks > 0).any(0))  # SAM2's own threshold is one half
         torch.testing.assert_close(out.mask_logits[0, k], masks.amax(0) + THRESHOLD, atol=1e-5, rtol=1e-5)
     assert torch.equal(out.presence_logits[0], raw.logits.amax((1, 2)))
+
+
+def test_phrasings_encoded_at_different_times_share_one_encoding_of_the_image(load, image, monkeypatch):
+    model, encoded = load(), []
+    real = type(model).encode_image
+    monkeypatch.setattr(type(model), "encode_image", lambda self, images: encoded.append(1) or real(self, images))
+    sample = pg.Sample(image, {}, "a", "test")
+    asked, at_once = adapt(model), dict(adapt(model).answers(sample, PROMPTS))
+    for text in PROMPTS[:2]:  # of different lengths
+        list(asked.answers(sample, [text]))
+    encoded.clear()
+    for text, answer in asked.answers(sample, PROMPTS):
+        assert np.array_equal(answer.packed, at_once[text].packed)
+    assert len(encoded) == 1
 
 
 def test_without_a_box_the_mask_is_empty_and_presence_low(load, image, scores):

@@ -202,6 +202,8 @@ def test_nan_and_inf_name_the_term_and_the_phrasing(group, spoil, named):
         ({"consistency": "all"}, "consistency reading 'all' is unknown; choose one of none, first"),
         ({"tau": 0}, "tau is 0; a temperature must be above zero"),
         ({"lam": -1}, "lam is -1; a weight must be zero or more"),
+        ({"lam": float("inf")}, "lam is inf; a weight must be zero or more, and finite"),
+        ({"tau": float("inf")}, "tau is inf; a temperature must be above zero and finite"),
         ({"beta": float("nan")}, "beta is nan; a weight must be zero or more"),
         ({"dice_weight": -0.5}, "dice_weight is -0.5; a weight must be zero or more"),
     ],

@@ -372,6 +372,8 @@ def test_second_stage_moves_the_decoder_alone_and_starts_at_the_reference(small)
     assert seen[0] == 0 and seen[-1] > 0
     assert not [name for name in moved if ".stem." in name or ".down." in name or ".to_image." in name]
     assert {"image_encoder.to_pixels.weight", "query_head.queries.weight"} <= moved
+    assert all(parameter.grad is None for parameter in model.image_encoder.stem.parameters())  # no work for nothing
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_preferences_move_a_model_towards_what_is_preferred(small):

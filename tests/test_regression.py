@@ -184,6 +184,7 @@ def test_one_bad_phrasing_of_a_segmenter_fails_alone(data):
         name = "partly"
 
         def predict(self, image, prompts):
+            assert sys.exception() is None  # an error of the pass before would hold that pass's memory
             if any("every" in prompt for prompt in prompts):
                 raise ValueError("32 tokens at most")
             return bundled("group").predict(image, prompts)
@@ -275,7 +276,9 @@ def test_an_option_of_the_model_reaches_it_from_the_command(place, tmp_path, cap
     with pytest.warns(UserWarning, match="and they are cut"):
         assert not failures("--option", "truncate=true")
     capsys.readouterr()
-    for option, message in (("truncate=1", "give true or false"), ("tile=wide", "a value has the wrong type")):
+    wrong = {"truncate=1": "give true or false", "tile=wide": "a value has the wrong type"}
+    wrong |= {"tile=64.5": "tile is 64.5; give a whole number", "tile=inf": "tile is inf; give a whole number"}
+    for option, message in wrong.items():
         assert main([str(word) for word in ("robustness", *words, "--option", option)]) == 2
         assert message in capsys.readouterr().err
 
@@ -359,6 +362,28 @@ def test_five_percent_worse_on_one_level_alone_is_found_there(ask, baseline, ban
     assert ("drop", "all", "high") in reasons
     assert {level for gate, _, level in reasons if gate == "drop"} == {"high"}
     assert reasons["drop", "all", "high"].startswith("Dice of all at level high got worse, by -0.0")
+
+
+def test_the_false_area_is_told_as_it_changes(tmp_path):
+    bank, data = pg.PromptBank.load("nuclei"), pg.load_dataset("synthetic", split="test", size=12, tile=None)
+
+    def asked(share):
+        def left_part(image, phrasing):
+            return np.tile(np.arange(256) < share * 256, (256, 1))
+
+        return measure(adapt(left_part), data, bank, levels=("low",), per_level=1, quiet=True)
+
+    half, more = asked(0.5), asked(0.75)
+    for name, result in (("half", half), ("more", more)):
+        save_baseline(result, tmp_path / name)
+    for result, before, outcome, said in (
+        (more, "half", "fail", "got worse, by +0.250 (+0.250 to +0.250); the limit is +0.02"),
+        (half, "more", "pass", "changed by -0.250 (-0.250 to -0.250); the limit is +0.02"),
+    ):
+        checks = check_gates(result, load_baseline(tmp_path / before))
+        found = [check for check in checks if check.gate == "false area" and not np.isnan(check.estimate)]
+        assert found and {check.outcome for check in found} == {outcome}
+        assert all(check.reason.endswith(said) for check in found), found[0].reason
 
 
 def test_bare_means_do_not_decide(ask, baseline):

@@ -113,6 +113,7 @@ FROM_THE_START = [
     ("--model plain_model:f --images {site}/data/images", "has no attribute 'f'"),
     ("--model plain_model:weights --images {site}/data/images", "weights is a int, not a function"),
     ("--model http:// --images {site}/data/images", "http://: names no host; write http://host:port/path"),
+    ("--model http://[bad --images {site}/data/images", "http://[bad: not a URL (Invalid IPv6 URL); correct it"),
     ("--model http://host:port/ --images {site}/data/images", "http://host:port/: not a URL"),
     ("--model https://me:word@host/ --images {site}/data/images", "the URL holds a name or password"),
     ("--model http://127.0.0.1:9/ --retries 0 --images {site}/data/images", "the endpoint cannot be reached"),

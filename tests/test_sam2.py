@@ -10,7 +10,8 @@ from transformers import Sam2Model
 
 from pgseg_lite.errors import ModelError
 from pgseg_lite.models import sam2
-from pgseg_lite.models.sam2 import MEAN, STD, Sam2Masks, one_view
+from pgseg_lite.models.access import LIKE_IMAGENET
+from pgseg_lite.models.sam2 import Sam2Masks, one_view
 
 SIZE = (50, 70)
 BOXES = torch.tensor([[3.0, 4, 20, 30], [10, 10, 40, 40], [0, 0, 69, 49], [30, 5, 60, 9], [1, 2, 3, 4]])
@@ -36,7 +37,8 @@ def pixels():
 def test_it_answers_as_transformers_does(folder, masks):
     """The whole of Sam2Model in one call, on an image that needs no resizing."""
     image = torch.rand(1, 3, SIDE, SIDE)
-    normalised = (image - MEAN[:, None, None]) / STD[:, None, None]
+    mean, std = (torch.tensor(LIKE_IMAGENET[name])[:, None, None] for name in ("image_mean", "image_std"))
+    normalised = (image - mean) / std
     raw, embeddings = Sam2Model.from_pretrained(folder), masks.encode(image * 2 - 1)
     expected = raw(pixel_values=normalised, input_boxes=BOXES[None], multimask_output=False)
     ours, scores = masks.masks(embeddings, (SIDE, SIDE), boxes=BOXES)

@@ -101,7 +101,7 @@ def test_it_answers_as_transformers_does(folder, load, image):
     model, square = load(presence_gate=False), np.ascontiguousarray(image[:84, :84])
     raw, tokenizer = Sam3Model.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
     tokens = tokenizer(PROMPTS[1], padding="max_length", max_length=32, return_tensors="pt")
-    pixels = model.resize(torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255 * 2 - 1)
+    pixels = access.to_square(torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255 * 2 - 1, model.input_size)
     with torch.no_grad():
         out = raw(pixel_values=pixels, **tokens)
     expected = aggregate(out.pred_masks, out.pred_logits, reading="max-score")
@@ -530,11 +530,21 @@ def test_an_old_transformers_is_told_to_upgrade(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "transformers", type(sys)("transformers"))
     sys.modules["transformers"].__version__ = "4.57.1"
     with pytest.raises(
-        ModelError, match=r"transformers 4.57.1 has no Sam3Model; run `pip install -U 'transformers>=5'`"
+        ModelError,
+        match=r"transformers 4.57.1 has no Sam3Model; run `pip install -U 'transformers>=5'`",
     ):
         access.of_transformers("Sam3Model")
     monkeypatch.undo()
     assert transformers.Sam3Model is Sam3Model
+
+    def in_need(name):  # transformers itself imports a class when it is first asked for
+        raise ModuleNotFoundError("Could not import module 'Sam3Model'. Are this object's requirements installed?")
+
+    lazy = type(sys)("transformers")
+    lazy.__version__, lazy.__getattr__ = "5.0.0", in_need
+    monkeypatch.setitem(sys.modules, "transformers", lazy)
+    with pytest.raises(ModelError, match=r"has no Sam3Model that can be imported \(Could not .* installed\?\); run"):
+        access.of_transformers("Sam3Model")
 
 
 def test_lora_without_peft_and_a_small_gpu_stop_before_anything_is_written(load, data, bank, tmp_path, monkeypatch):

@@ -69,6 +69,15 @@ def simulated(effect, noise=0.02, images=14, seeds=3, rng=0):
     return pd.DataFrame(rows)
 
 
+def test_an_agreement_that_nobody_knows_is_no_agreement_of_zero():
+    alone = simulated(0.1).assign(agreement=np.nan)  # one phrasing a target
+    assert scores(alone).query("measure == 'agreement'")["value"].isna().all()
+    assert not len(compare(alone, "old").query("measure == 'agreement'"))
+    half = simulated(0.1)
+    half.loc[half["image"] == "i0", "agreement"] = np.nan
+    assert np.allclose(scores(half).query("measure == 'agreement'")["value"], 0.8)
+
+
 def dice_row(table, task="T1", method="new"):
     return table.query("method == @method and measure == 'dice' and task == @task").iloc[0]
 

@@ -237,6 +237,7 @@ def test_nan_stops_the_run_and_names_the_phrasing(data, bank, tmp_path):
         ({"view": 100}, "view is 100; it must be a multiple of 16"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number and at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number and at least 0"),
+        ({"seed": 2**32}, r"seed is 4294967296; it must be below 2\*\*32"),
         ({"workers": -1}, "workers is -1; it must be a whole number and at least 0"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above zero"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; it must be above zero and finite"),

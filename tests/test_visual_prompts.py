@@ -275,6 +275,8 @@ def test_exact_prompts_lie_where_they_should(organs):
         inside = np.argwhere(mask)
         assert np.array_equal(exact["box"], [inside.min(axis=0), inside.max(axis=0)])
         box = as_channels({"box": exact["box"]}, mask.shape)[1].astype(bool)
+        for kind, place in (("point", [-5, 3, 3]), ("box", [[-9, 2, 2], [-4, 5, 5]]), ("point", [900, 3, 3])):
+            assert not as_channels({kind: np.array(place)}, mask.shape).any()  # outside, nothing is marked
         assert not (mask & ~box).any() and box.any(axis=(1, 2)).sum() == np.ptp(inside[:, 0]) + 1
         bent = bend_prompt("box", exact["box"], "dilate", 2, 0, mask.shape)
         assert (bent[0] <= exact["box"][0]).all() and (bent[1] >= exact["box"][1]).all()

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 from tqdm import tqdm
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from . import READERS, load_dataset
 from .files import find_root, listing
 from .pannuke import HUB, HUB_COPY
@@ -122,7 +122,7 @@ def copy_from_hub(name, folder: Path):
         shutil.rmtree(partial, ignore_errors=True)
         datasets.load_dataset(**HUB).save_to_disk(partial)
     except Exception as error:  # no package, no network, no space: each raises its own class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         said = f"{HUB['path']} cannot be copied from the hub ({reason}); check the network and `pip install datasets`"
         raise DataError(f"{said}, or take the official archives with official=True (--official)") from error
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from ..errors import SettingsError
 from ..metrics import group_agreement, pack
 from .chest import TASK
-from .regressor import LEVEL_SETS, centroid, fit, level_sets, six_points, true_dice
+from .regressor import LEVEL_SETS, Examples, centroid, fit, level_sets, six_points, true_dice
 
 PIXELS = 2**18  # of the masks whose points move together: each film needs its own graph through the mask decoder
 STEP = 10 / 1024  # of the side: ten pixels of SAM's frame, the reading of the paper's "step size 10" taken here
@@ -56,7 +56,7 @@ def encode(model, films):
     return Scene(small.to(model.device), model.encode(pixels), truth)
 
 
-def score_of(regressor, images, logits, slope):
+def score_of(regressor, images, logits, slope=SLOPE):
     """The regressor's word on the soft masks: images [B, 1, s, s], logits [B, s, s] -> [B]."""
     return regressor(images, (slope * logits).sigmoid())
 
@@ -96,7 +96,7 @@ def climb_together(model, regressor, images, embeddings, start, steps, rate, slo
     return [np.stack(kind) for kind in zip(*seen, strict=True)]
 
 
-def search(model, regressor, scene, start, steps, rng, slope=SLOPE):
+def search(model, regressor, scene, start, steps, rng):
     """The same budget without a gradient: the start, then points drawn from its mask, or the film if that is empty."""
     points = np.repeat(np.asarray(start, np.float32)[None], steps + 1, axis=0)  # [T, B, 2]
     first = ask(model, scene, points[:1].transpose(1, 0, 2))[0][:, 0]  # [B, s, s]
@@ -107,7 +107,7 @@ def search(model, regressor, scene, start, steps, rng, slope=SLOPE):
     device = scene.images.device
     with torch.no_grad():
         scores = [
-            score_of(regressor, image.expand(len(own), -1, -1, -1), torch.from_numpy(own).to(device), slope)
+            score_of(regressor, image.expand(len(own), -1, -1, -1), torch.from_numpy(own).to(device))
             for image, own in zip(scene.images, logits, strict=True)
         ]
     return Climb(points, torch.stack(scores, 1).cpu().numpy(), confidence.T, (logits > 0).transpose(1, 0, 2, 3))
@@ -182,14 +182,14 @@ def candidates(model, scene, seed, own=True):
     return np.array(films), np.array(sources), np.stack(masks), np.array(fits), np.array(sure)
 
 
-def fit_on(model, scenes, epochs, seed, own=True, quiet=True):
+def fit_on(model, scenes, epochs, seed, own=True):
     """A regressor fitted to the candidates of a training scene and chosen on those of a validation scene."""
     sets = []
     for n, scene in enumerate(scenes):
         films, _, masks, fits, _ = candidates(model, scene, 2 * seed + n, own)
         films, masks, fits = (torch.from_numpy(kind).to(scene.images.device) for kind in (films, masks, fits))
-        sets.append((scene.images[films], masks, fits.float()))
-    return fit(*sets[0], sets[1], epochs, seed, quiet)
+        sets.append(Examples(scene.images, films, masks, fits.float()))
+    return fit(*sets, epochs, seed)
 
 
 def middles(scene):

@@ -6,11 +6,10 @@ at full the published weights. Both are loaded the same way.
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ..errors import SettingsError, TrainingError
-from ..models.access import of_transformers
-from ..models.sam2 import MEAN, STD, PromptedMasks
+from ..models.access import LIKE_IMAGENET, of_transformers, standardise, to_square
+from ..models.sam2 import PromptedMasks
 
 SIDE = 64  # of the films that the tiny model takes
 SIZES = {
@@ -39,8 +38,7 @@ class Promptable(PromptedMasks):
     def prepare(self, films):
         """uint8 [B, S, S] -> what SAM's encoder was trained on, [B, 3, S', S']."""
         grey = films.to(self.device, torch.float32)[:, None].expand(-1, 3, -1, -1) / 255
-        mean, std = (values.to(grey.device)[:, None, None] for values in (MEAN, STD))
-        return (self.resize(grey) - mean) / std
+        return standardise(to_square(grey, self.input_size), LIKE_IMAGENET)
 
     def ask(self, embeddings, points, side):
         """Points [B, N, 2] as x, y in a square of `side` pixels -> mask logits [B, N, side, side], confidence [B, N].
@@ -67,7 +65,7 @@ def tiny(seed=0):
     return Promptable(sam)
 
 
-def train_promptable(films, steps, seed=0, batch=8, quiet=True):
+def train_promptable(films, steps, seed=0, batch=8):
     """A tiny model trained as SAM was: points in any structure, the best of three masks, its IoU predicted too."""
     if steps < 1:
         raise SettingsError(f"steps is {steps}; it must be at least 1")
@@ -76,7 +74,7 @@ def train_promptable(films, steps, seed=0, batch=8, quiet=True):
     shapes = [torch.from_numpy(stack(film.masks.values())) for film in films]  # each [structures, S, S]
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
-    for _ in tqdm(range(steps), desc="training the promptable model", unit="step", disable=quiet):
+    for _ in range(steps):
         chosen = torch.randint(len(images), (batch,), generator=generator)
         points, truth = zip(*(draw_points(shapes[i], generator) for i in chosen), strict=True)
         loss = sam_loss(model, images[chosen], torch.stack(points), torch.stack(truth))

@@ -6,13 +6,13 @@ strides and how a map becomes one number the paper leaves open. Here: halved fiv
 
 import copy
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
-from tqdm import tqdm
 
 from ..errors import SettingsError, TrainingError
 from ..metrics import dice, pack
@@ -73,34 +73,52 @@ def true_dice(masks, truth):
     return dice(pack(np.asarray(masks)), pack(np.asarray(truth)))
 
 
-def fit(images, masks, targets, validation, epochs, seed=0, quiet=True):
-    """A regressor of the Dice `targets` [M] by mean squared error; the epoch with the least validation loss is kept.
+class Examples(NamedTuple):
+    """Masks of known Dice. An image has many, and is kept once."""
 
-    images [M, C, H, W] in 0..1, masks bool [M, H, W]; `validation` holds three such tensors.
+    images: torch.Tensor  # [V, C, H, W] in 0..1
+    which: torch.Tensor  # [M], the image of each mask
+    masks: torch.Tensor  # bool [M, H, W]
+    fits: torch.Tensor  # [M], their true Dice
+
+    def at(self, part):
+        return self.images[self.which[part]], self.masks[part].float()
+
+
+def fit(examples, validation, epochs, seed=0):
+    """A regressor of Dice by mean squared error on Examples; the epoch with the least validation loss is kept.
+
     Adam at 0.001 with batches of 32, as in the paper.
     """
     if epochs < 1:
         raise SettingsError(f"epochs is {epochs}; it must be at least 1")
     torch.manual_seed(seed)
-    model, least, best = Regressor(images.shape[1]).to(images.device), float("inf"), None
+    device = examples.images.device
+    model, least, best = Regressor(examples.images.shape[1]).to(device), float("inf"), None
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in tqdm(range(epochs), desc="training the regressor", unit="epoch", disable=quiet):
+    for _ in range(epochs):
         model.train()
-        order = torch.randperm(len(images)).to(images.device)
+        order = torch.randperm(len(examples.masks)).to(device)
         for part in order.split(32):
             if len(part) < 2:  # batch normalisation needs company
                 continue
-            loss = F.mse_loss(model(images[part], masks[part].float()), targets[part])
+            loss = F.mse_loss(model(*examples.at(part)), examples.fits[part])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        error = F.mse_loss(score(model, *validation[:2]), validation[2]).item()
+        error = validation_loss(model, validation)
         if error < least:
             least, best = error, copy.deepcopy(model.state_dict())
     if best is None:
         raise TrainingError("the regressor's validation loss was never finite; take another seed")
     model.load_state_dict(best)
     return model.eval()
+
+
+@torch.no_grad()
+def validation_loss(model, examples):
+    parts = torch.arange(len(examples.masks), device=examples.masks.device).split(256)
+    return F.mse_loss(torch.cat([model.eval()(*examples.at(part)) for part in parts]), examples.fits).item()
 
 
 @torch.no_grad()

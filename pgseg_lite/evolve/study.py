@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ResultError
 from ..evaluation import choose
+from ..files import whole
 from ..keys import code_digest, hash_of
 from ..metrics import interval, two_level_means
 from ..models.access import saving
@@ -111,8 +112,8 @@ def oracle(model, films, size, seed, own, folder):
     if not path.exists():
         scenes = [points.encode(model, part) for part in films[:2]]
         fitted = points.fit_on(model, scenes, size.epochs, seed, own)
-        save_file(fitted.state_dict(), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with whole(path) as partial:
+            save_file(fitted.state_dict(), partial)
     regressor = Regressor()
     regressor.load_state_dict(load_file(path))
     return regressor.to(model.device).eval()
@@ -130,9 +131,9 @@ def scores(model, regressor, scene, seed):
     return pd.DataFrame({"film": film, "source": source, "dice": fits, "score": guessed.cpu(), "confidence": sure})
 
 
-def heat_map(model, scene, every=3):
+def heat_map(model, scene):
     """Dice for a click on every third pixel of the lung, either way: its spread, a row a film."""
-    rows, stride = [], max(1, every * scene.side // 64)
+    rows, stride = [], max(1, 3 * scene.side // 64)
     for film, truth in enumerate(scene.truth):
         dice, _, _ = dice_by_position(model, scene, film, stride)
         middle = points.ask(model, one(scene, film), points.middles(scene)[None, [film]])[0]

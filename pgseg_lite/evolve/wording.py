@@ -12,7 +12,7 @@ from ..evaluation import choose
 from ..metrics import dice, group_agreement, majority, pack
 from ..prompts import LEVELS
 from .points import breaks, changes
-from .regressor import LEVEL_SETS, fit, level_sets, score, true_dice
+from .regressor import LEVEL_SETS, Examples, fit, level_sets, score, true_dice
 
 SIDE = 128  # px of what the regressor sees
 SOURCES = ("as asked", "evolved", "evolved, safeguarded", "evolved, oracle", "majority of the bank")
@@ -44,23 +44,24 @@ def inside_and_outside(bank, target):
 
 
 def training_set(models, data, bank, target, seed):
-    """Small images, small masks and their true Dice: level sets, and six masks of each model."""
-    rng, rows = np.random.default_rng([seed, 11]), []
+    """Examples of small images and masks: level sets, and six masks of each model."""
+    rng, images, rows = np.random.default_rng([seed, 11]), [], []
     texts = inside_and_outside(bank, target)
     for sample in data:
         truth = sample.masks[target]
         if not truth.any():  # Dice is 0 for every mask but the empty one: nothing to rank
             continue
-        image = small(sample.image[None])[0]
         masks = np.concatenate([level_sets(truth, LEVEL_SETS, rng), *(ask(m, sample.image, texts)[0] for m in models)])
-        rows.append((image.expand(len(masks), -1, -1, -1), small_masks(masks), true_dice(masks, truth)))
-    images, masks, fits = zip(*rows, strict=True)
-    return torch.cat(images), torch.cat(masks), torch.from_numpy(np.concatenate(fits)).float()
+        which, fits = torch.full((len(masks),), len(images)), torch.from_numpy(true_dice(masks, truth))
+        rows.append((which, small_masks(masks), fits))
+        images.append(small(sample.image[None]))
+    which, masks, fits = (torch.cat(part) for part in zip(*rows, strict=True))
+    return Examples(torch.cat(images), which, masks, fits.float())
 
 
-def fit_on(models, data, validation, bank, target, epochs, seed=0, quiet=True):
+def fit_on(models, data, validation, bank, target, epochs, seed=0):
     sets = [training_set(models, part, bank, target, 2 * seed + n) for n, part in enumerate((data, validation))]
-    return fit(*sets[0], sets[1], epochs, seed, quiet)
+    return fit(*sets, epochs, seed)
 
 
 def evolve(model, regressor, sample, target, asked, bank_texts):

@@ -52,6 +52,8 @@ def load_segmenter(name="lite", checkpoint=None, device=None, **options):
         if option in defaults and isinstance(defaults[option], bool) != isinstance(value, bool):
             wanted = "true or false" if isinstance(defaults[option], bool) else "a number or a word"
             raise ModelError(f"{name}: {option} is {value!r}; give {wanted}")
+        if isinstance(value, float) and not isinstance(defaults.get(option), float):
+            raise ModelError(f"{name}: {option} is {value!r}; give a whole number, or a word where it takes one")
     if name == "lite":
         checkpoint = "group" if checkpoint is None else checkpoint
         checkpoint = CHECKPOINTS / f"lite-{checkpoint}" if checkpoint in BUNDLED else checkpoint

@@ -7,11 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
 OPTIONS_FILE = "pgseg.json"  # what a segmenter does with its model's answers: a checkpoint is read as it was trained
 PREPROCESSING_FILE = "preprocessor_config.json"  # of transformers' image processors
+LIKE_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+LIKE_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]  # never pickled weights
 
 
@@ -93,19 +96,35 @@ def save_preprocessing(folder, preprocessing):
 
 def normalise(pixel_values, preprocessing):
     """-1..1 -> the mean and standard deviation that the encoder was trained with, per channel."""
-    mean, std = (pixel_values.new_tensor(preprocessing[name])[:, None, None] for name in ("image_mean", "image_std"))
-    return (pixel_values / 2 + 0.5 - mean) / std
+    return standardise(pixel_values / 2 + 0.5, preprocessing)
+
+
+def standardise(pixels, preprocessing):
+    """The same from 0..1."""
+    mean, std = (pixels.new_tensor(preprocessing[name])[:, None, None] for name in ("image_mean", "image_std"))
+    return (pixels - mean) / std
+
+
+def to_square(pixels, side, mode="bilinear"):
+    """[B, 3, H, W] to the one size that a model takes: a square, whatever the image's shape."""
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode=mode, antialias=True)
 
 
 def of_transformers(*names):
     """Classes of transformers by name, or a sentence on what to install."""
     import transformers
 
+    found = []
     for name in names:
-        if not hasattr(transformers, name):
-            said = f"transformers {transformers.__version__} has no {name}"
-            raise ModelError(f"{said}; run `pip install -U 'transformers>=5'`, or use lite")
-    return [getattr(transformers, name) for name in names]
+        try:
+            found.append(getattr(transformers, name))
+        except (AttributeError, ImportError) as error:  # not there; or there, and in need of another package
+            why = f" that can be imported ({first_line(error)})" if isinstance(error, ImportError) else ""
+            said = f"transformers {transformers.__version__} has no {name}{why}"
+            raise ModelError(f"{said}; run `pip install -U 'transformers>=5'`, or use lite") from error
+    return found
 
 
 def load_model(kind, folder, dtype=torch.float32):
@@ -131,8 +150,8 @@ def load_part(kind, folder, **options):
     try:
         return kind.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises whatever the file format's own reader does
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: {kind.__name__} cannot be read ({reason}); copy the checkpoint again") from error
+        said = f"{kind.__name__} cannot be read ({first_line(error)})"
+        raise ModelError(f"{folder}: {said}; copy the checkpoint again") from error
 
 
 @contextmanager

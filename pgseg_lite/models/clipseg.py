@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..settings import BASELINE_PROFILES
 from .access import (
+    LIKE_IMAGENET,
     fetch,
     load_model,
     load_tokenizer,
@@ -20,6 +21,7 @@ from .access import (
     read_preprocessing,
     save_preprocessing,
     saving,
+    to_square,
 )  # fmt: skip
 from .tiles import ImageFeatures, TiledSegmenter, check_tile, tile_boxes
 from .towers import TextTower
@@ -29,9 +31,7 @@ HUB_NAME = "CIDAS/clipseg-rd64-refined"
 PREPROCESSING = {
     "image_processor_type": "ViTImageProcessor",
     "size": {"height": 352, "width": 352},
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+} | LIKE_IMAGENET
 
 
 class ClipText(TextTower):
@@ -85,10 +85,7 @@ class ClipSegSegmenter(TiledSegmenter):
     @torch.no_grad()  # CLIP is frozen
     def encode_view(self, pixel_values):
         """[B, 3, h, w] in -1..1 -> what the decoder reads: the activations [B, L, D] of some of CLIP's layers."""
-        side = (self.input_size, self.input_size)
-        if pixel_values.shape[-2:] != side:
-            pixel_values = F.interpolate(pixel_values, side, mode="bilinear", antialias=True)
-        pixels = normalise(pixel_values, self.preprocessing)
+        pixels = normalise(to_square(pixel_values, self.input_size), self.preprocessing)
         hidden = self.clipseg.clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
         return [hidden[layer + 1] for layer in self.clipseg.config.extract_layers]  # the first is the embedding
 

@@ -41,8 +41,8 @@ def choose_parts(model, settings):
         parameter.requires_grad_(wanted and not name.startswith(idle))
     if settings.checkpointing and settings.trainable != "decoder":  # a frozen encoder keeps nothing anyway
         sam.supports_gradient_checkpointing = True  # Sam3Model has the layers for it and does not say so
-        enable = getattr(sam, "activation_checkpointing_enable", sam.gradient_checkpointing_enable)  # its later name
-        enable({"use_reentrant": False})
+        later = getattr(sam, "activation_checkpointing_enable", None)  # its name in newer releases
+        (later or sam.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def add_lora(sam, rank):

@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .access import (
+    LIKE_IMAGENET,
     fetch,
     load_model,
     load_tokenizer,
@@ -19,9 +20,7 @@ HUB_NAME = "IDEA-Research/grounding-dino-tiny"
 PREPROCESSING = {
     "image_processor_type": "GroundingDinoImageProcessor",
     "size": {"shortest_edge": 800, "longest_edge": 1333},
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+} | LIKE_IMAGENET
 AT_ONCE = 4  # phrasings in the detector together: each takes some hundred MB at the published size
 SMALLEST = 64  # pixels: the coarsest features of the detector are at 1/64
 

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import ModelError
+from ..files import whole, write_text
 from .base import SegmentationOutput, as_batch, check_prompts
 from .text import TextEncoder, load_text_encoder
 
@@ -152,10 +153,10 @@ class LiteSegmenter(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        with whole(folder / "model.safetensors") as partial:
+            save_file(state, partial, metadata={"format": "pt"})
         config = {"model_type": "pgseg-lite", "text_encoder": TextEncoder.name, **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, checkpoint, device="cpu"):

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import ModelError, SettingsError
-from .access import fetch, load_model, load_part, of_transformers
+from .access import LIKE_CLIP, fetch, load_model, load_part, of_transformers, standardise
 from .base import SegmentationOutput, as_batch, check_prompts
 from .finetune import gpu_memory
 from .lite import to_pixel_values
@@ -30,7 +30,6 @@ from .sam2 import EMPTY, Sam2Masks, at_half, one_view
 
 SIDE = 840  # of the square that Qwen2.5-VL sees, in which its answers count pixels
 PATCH, MERGE = 14, 2  # one token of the image is a square of 2 x 2 patches
-MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 SAM2 = "facebook/sam2-hiera-large"  # the one that both models are published with
 AT_ONCE = 8  # phrasings answered together; in half precision that may change the last words of an answer
 BESIDES = 3.0  # GiB beside the weights, for the answers' attention cache and SAM2, a guess
@@ -265,9 +264,8 @@ def to_patches(image):
 
     A still image is a film of two equal frames.
     """
-    mean, std = MEAN[:, None, None], STD[:, None, None]
     pixels = F.interpolate(image[None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]  # on bytes as PIL does it
-    pixels = (pixels / 255 - mean) / std  # [3, SIDE, SIDE]
+    pixels = standardise(pixels / 255, LIKE_CLIP)  # [3, SIDE, SIDE]
     blocks = SIDE // (PATCH * MERGE)
     patches = pixels.reshape(3, blocks, MERGE, PATCH, blocks, MERGE, PATCH).permute(1, 4, 2, 5, 0, 3, 6)
     return patches.unsqueeze(5).expand(*[-1] * 5, 2, -1, -1).reshape(-1, 3 * 2 * PATCH * PATCH)

@@ -10,10 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .access import fetch, load_model, of_transformers
+from .access import LIKE_IMAGENET, fetch, load_model, normalise, of_transformers, to_square
 from .base import THRESHOLD
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet, as SAM2 has it
 AT_ONCE = 32  # prompts decoded together: each takes about 40 MB at the published size
 EMPTY = -20.0  # the logit of a pixel that nothing covers
 
@@ -29,13 +28,6 @@ class PromptedMasks(nn.Module):
         super().__init__()
         self.sam = sam
         self.input_size = sam.config.prompt_encoder_config.image_size  # 1024
-
-    def resize(self, pixel_values, mode="bilinear"):
-        """To the one size that the model takes: a square, whatever the image's shape."""
-        side = (self.input_size, self.input_size)
-        if pixel_values.shape[-2:] == side:
-            return pixel_values
-        return F.interpolate(pixel_values, side, mode=mode, antialias=True)
 
     def masks(self, embeddings, size, boxes=None, points=None, labels=None):
         """One view with N prompts -> mask logits [N, *size] and predicted IoU, 0..1 [N].
@@ -110,9 +102,8 @@ class Sam2Masks(PromptedMasks):
 
     def encode(self, pixel_values):
         """[B, 3, H, W] in -1..1 -> embeddings of B views; `one_view` picks one of them."""
-        mean, std = (values.to(pixel_values.device)[:, None, None] for values in (MEAN, STD))
-        pixel_values = (self.resize(pixel_values) / 2 + 0.5 - mean) / std
-        features = self.sam.get_image_features(pixel_values, return_dict=True)
+        pixels = normalise(to_square(pixel_values, self.input_size), LIKE_IMAGENET)
+        features = self.sam.get_image_features(pixels, return_dict=True)
         # As Sam2Model.get_image_embeddings does, which would stop the gradients: [h * w, B, C] -> [B, C, h, w].
         levels = list(features.fpn_hidden_states)
         levels[-1] = levels[-1] + self.sam.no_memory_embedding

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import SettingsError
 from ..settings import Sam3Settings
-from .access import OPTIONS_FILE, fetch, load_model, load_tokenizer, of_transformers, read_json, saving
+from .access import OPTIONS_FILE, fetch, load_model, load_tokenizer, of_transformers, read_json, saving, to_square
 from .base import AGGREGATIONS, aggregate
 from .tiles import ImageFeatures, TiledSegmenter, check_tile, tile_boxes
 from .towers import TextTower
@@ -81,14 +81,7 @@ class Sam3Segmenter(TiledSegmenter):
         return self.decode(ImageFeatures(views, tile_boxes(*size), size), text_features)
 
     def encode_view(self, pixel_values):
-        return self.sam.vision_encoder(self.resize(pixel_values))
-
-    def resize(self, pixel_values):
-        """To the one size that SAM3 takes; it was trained on squares, whatever the image's shape."""
-        side = (self.input_size, self.input_size)
-        if pixel_values.shape[-2:] == side:
-            return pixel_values
-        return F.interpolate(pixel_values, side, mode="bilinear", antialias=True)
+        return self.sam.vision_encoder(to_square(pixel_values, self.input_size))
 
     def ask(self, view, text_features, size):
         """One view with K phrasings, all at once, in portions, or one by one: mask logits [K, *size], presence [K]."""

@@ -13,10 +13,11 @@ import torch.nn as nn
 from scipy import ndimage
 
 from ..errors import ModelError, SettingsError
+from .access import to_square
 from .base import SegmentationOutput, as_batch
 from .lite import to_pixel_values
 from .sam2 import EMPTY, PromptedMasks, Sam2Masks, at_half
-from .tiles import stitch, tile_boxes
+from .tiles import check_tile, stitch, tile_boxes
 
 VISUALS = {"boxes": "a box around every nucleus", "points": "a point in every nucleus"}
 
@@ -32,7 +33,8 @@ class SamMasks(PromptedMasks):
         As MedSAM_Inference.py of github.com/bowang-lab/MedSAM does: a bicubic square, then each view stretched to 0..1
         by its own darkest and brightest value, without the mean and deviation that SAM takes off.
         """
-        resized = self.resize(pixel_values, "bicubic").clamp(*extremes(pixel_values))  # bicubic overshoots at edges
+        resized = to_square(pixel_values, self.input_size, "bicubic")
+        resized = resized.clamp(*extremes(pixel_values))  # bicubic overshoots at edges
         low, high = extremes(resized)
         return [self.sam.vision_encoder((resized - low) / (high - low).clamp(min=1e-8)).last_hidden_state]
 
@@ -57,8 +59,7 @@ class VisualSegmenter(nn.Module):
         super().__init__()
         if visual not in self.visuals:
             raise SettingsError(f"{self.name} cannot be shown {visual!r}; choose {' or '.join(self.visuals)}")
-        if tile is not None and tile < 32:
-            raise SettingsError(f"tile is {tile}; a tile must have at least 32 pixels a side")
+        check_tile(tile)
         self.masks, self.visual, self.tile = masks, visual, tile
         self.visual_prompt = VISUALS[visual]
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import ModelError
-from ..models.access import fetch, load_model, load_tokenizer, normalise, of_transformers, read_json
+from ..models.access import LIKE_CLIP, fetch, load_model, load_tokenizer, normalise, of_transformers, read_json
 from ..models.lite import read_weights, to_pixel_values
 
 CLIP, BIOMED_CLIP = "openai/clip-vit-base-patch32", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -23,7 +23,6 @@ VQA = "Salesforce/blip-vqa-base"
 OPEN_CLIP = "open_clip_config.json"
 CHANNELS = 32  # of the tokens, tried one by one as masks
 HEAD = 64  # entries of an attention head, in both towers of BiomedCLIP
-LIKE_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 QUESTIONS = ("What shape are the cell nuclei?", "How many cell nuclei are there?", "Where are the cell nuclei?")
 
 

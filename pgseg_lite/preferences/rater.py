@@ -7,7 +7,7 @@ has them, from level sets of the true mask and from the model's own candidates; 
 import numpy as np
 import torch
 
-from ..evolve.regressor import LEVEL_SETS, fit, level_sets, true_dice
+from ..evolve.regressor import LEVEL_SETS, Examples, fit, level_sets, true_dice
 from ..evolve.regressor import score as guess
 from ..training import Collator, GroupDataset
 from .candidates import by_threshold
@@ -18,7 +18,8 @@ def with_regressors(model, labelled, bank, settings, views, epochs):
 
     settings: TrainSettings of the views. A target that no labelled view shows is left without preference.
     """
-    found = [fit_one(*rows, epochs, settings.seed) for rows in examples(model, labelled, bank, settings, views)]
+    images, of_targets = examples(model, labelled, bank, settings, views)
+    found = [fit_one(images, *rows, epochs, settings.seed) for rows in of_targets]
 
     def score(asked, candidates):
         targets, k = len(found), asked.reference.shape[1]
@@ -37,11 +38,13 @@ def with_regressors(model, labelled, bank, settings, views, epochs):
 
 @torch.no_grad()
 def examples(model, labelled, bank, settings, views):
-    """For each target: images [M, 3, H, W], masks bool [M, H, W], their Dice [M], and the view [M] of each."""
+    """Views [V, 3, H, W], and for each target: the view [M] of each mask, masks bool [M, H, W] and their Dice [M]."""
     dataset, rng = GroupDataset(labelled, bank, settings, views), np.random.default_rng([settings.seed, 3])
-    collate, rows = Collator(model.encode_text(dataset.texts).cpu()), [[] for _ in labelled.targets]
+    collate = Collator(model.encode_text(dataset.texts).cpu())
+    images, rows = [], [[] for _ in labelled.targets]
     for index in range(views):
         item = dataset[index]
+        images.append(item["image"])
         batch = collate([item])
         pixels, features = (batch[name].to(model.device) for name in ("pixel_values", "text_features"))
         logits = model(pixels, features).mask_logits[0]  # [G * K, H, W]
@@ -51,16 +54,17 @@ def examples(model, labelled, bank, settings, views):
                 continue
             masks = np.concatenate([level_sets(truth, LEVEL_SETS, rng), answered])
             fits = torch.from_numpy(true_dice(masks, truth)).float()
-            image = in_unit_range([item["image"]]).expand(len(masks), -1, -1, -1)
-            own.append((image, torch.from_numpy(masks), fits, torch.full((len(masks),), index)))
-    return [[torch.cat(part) for part in zip(*own, strict=True)] if own else [torch.empty(0)] * 4 for own in rows]
+            own.append((torch.full((len(masks),), index), torch.from_numpy(masks), fits))
+    found = [[torch.cat(part) for part in zip(*own, strict=True)] if own else [torch.empty(0)] * 3 for own in rows]
+    return in_unit_range(images), found
 
 
-def fit_one(images, masks, fits, view, epochs, seed):
+def fit_one(images, view, masks, fits, epochs, seed):
     held = view % 5 == 0
     if not held.any() or held.all():
         return None
-    return fit(images[~held], masks[~held], fits[~held], (images[held], masks[held], fits[held]), epochs, seed)
+    parts = (Examples(images, view[part], masks[part], fits[part]) for part in (~held, held))
+    return fit(*parts, epochs, seed)
 
 
 def in_unit_range(images):

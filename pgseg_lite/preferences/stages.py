@@ -76,9 +76,11 @@ def second_stage(model, data, bank, settings, lesson, prompts=None):
     """
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     frozen = [*model.image_encoder.stem.parameters(), *model.image_encoder.down.parameters()]
-    frozen = {id(parameter) for parameter in [*frozen, *model.image_encoder.to_image.parameters()]}
-    decoder = [parameter for parameter in model.parameters() if id(parameter) not in frozen]
-    return _learn(model.eval(), reference, decoder, data, bank, settings, lesson, prompts)
+    for parameter in (*frozen, *model.image_encoder.to_image.parameters()):
+        parameter.requires_grad_(False)
+    decoder = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learnt = _learn(model.eval(), reference, decoder, data, bank, settings, lesson, prompts)
+    return learnt.requires_grad_()
 
 
 def _learn(model, reference, parameters, data, bank, settings, lesson, prompts):

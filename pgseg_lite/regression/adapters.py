@@ -107,19 +107,23 @@ class Builtin:
             return
         try:
             packed, presence = self.predict(sample, texts)
-            yield from zip(texts, map(Answer, packed, map(float, presence)), strict=True)
         except Exception as error:  # a model from outside may raise anything
-            if len(texts) == 1:
-                yield texts[0], Answer(None, reason=reason_of(error))
-            else:
-                for text in texts:
-                    yield from self.answers(sample, [text])
+            reason = reason_of(error)  # the error itself holds the memory of the pass that failed
+        else:
+            yield from zip(texts, map(Answer, packed, map(float, presence)), strict=True)
+            return
+        if len(texts) == 1:
+            yield texts[0], Answer(None, reason=reason)
+            return
+        for text in texts:
+            yield from self.answers(sample, [text])
 
     def predict(self, sample, texts):
         features = None
         if self.features:
             features = [self.features[text] for text in texts]
-            features = torch.stack(features) if isinstance(features[0], torch.Tensor) else features
+            if isinstance(features[0], torch.Tensor):  # encoded at different times, they may differ in length
+                features = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
         return predict_packed(self.model, sample, texts, features)
 
     def close(self):

@@ -1,7 +1,6 @@
 """What a measurement leaves behind, so that the next one can be compared with it item by item: one JSON file."""
 
 import json
-import os
 import platform
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pandas as pd
 
 from .. import __version__
 from ..errors import ResultError
+from ..files import write_text
 from .checks import FAIL
 from .collapse import alarms
 
@@ -67,14 +67,9 @@ def plain(frame):
 
 
 def write(path, content):
-    """Whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
+        write_text(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ResultError(
             f"{path}: cannot be written ({error.strerror}); give a file in a folder that exists"
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import SettingsError
 from ..experiments import HELD_OUT, LEARNERS, SEEDS
+from ..files import write_text
 from ..options import add_option_of_model, check_file, options_of_model
 from ..prompts import LEVELS, PromptBank
 from ..settings import PER_LEVEL, PROFILES, training_profiles
@@ -166,9 +167,7 @@ def run_perturb(args):
     if not args.output:
         print(table.to_csv(index=False), end="")
         return
-    partial = args.output.with_name(args.output.name + ".part")
-    table.to_csv(partial, index=False)
-    partial.replace(args.output)
+    write_text(args.output, table.to_csv(index=False))
     print(f"{len(table)} perturbed phrasings: {args.output}")
 
 

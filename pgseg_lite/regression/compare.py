@@ -22,6 +22,7 @@ from ..errors import BankError, DataError, Diverged, SettingsError, TrainingErro
 from ..experiments import FOUR, FULL, HELD_OUT, LEARNERS, SEG
 from ..models import load_segmenter
 from ..models.identity import answering, fingerprint
+from ..runner import give_back_memory
 from ..training import GroupDataset, train
 from .adapters import adapt
 from .answers import image_key
@@ -138,7 +139,8 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
     start, folder = start or bundled, Path(folder)
     data, rest, held = divide(data, bank, settings, seeds, held_out, per_level)
     model = start()
-    setup = describe(data, bank, settings, model, held_out, per_level, quiet)
+    name_of_model, setup = model.name, describe(data, bank, settings, model, held_out, per_level, quiet)
+    del model
     claim(folder, setup)
     images, swaps, failed, spent = [], [], {}, []
     grid = [(seed, name) for seed in range(seeds) for name in METHODS]
@@ -146,6 +148,7 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
         method, home, began = METHODS[name], folder / f"{name}-{seed}", time.perf_counter()
         run, said = f"{method}, seed {seed}", "was there"
         if not (home / "records.csv").exists():
+            give_back_memory()  # what the run before this one held
             try:
                 execute(home, start(), rest, held, bank, replace(settings, seed=seed, **FOUR[method]), per_level, quiet)
             except Diverged as error:  # an outcome
@@ -162,7 +165,7 @@ def compare(data, bank, folder, settings=SETTINGS, *, start=None, seeds=SEEDS, h
     if not pairs:
         raise TrainingError(f"{folder}: no seed has both runs, since others diverged: {next(iter(failed.values()))}")
     about = dict(
-        model=model.name, dataset=data.name, bank=bank.name, steps=settings.steps, seeds=pairs,
+        model=name_of_model, dataset=data.name, bank=bank.name, steps=settings.steps, seeds=pairs,
         training_images=len(sources(rest)), held_out_images=len(sources(held)), setup=setup,
     )  # fmt: skip
     enough = about["held_out_images"] >= FEWEST and pairs >= SEEDS

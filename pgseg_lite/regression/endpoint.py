@@ -36,8 +36,8 @@ OPENER = urllib.request.build_opener(NoRedirect)
 
 class Endpoint:
     def __init__(self, url, version, timeout, retries):
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
         except ValueError as error:
             raise ModelError(f"{url}: not a URL ({error}); correct it") from error

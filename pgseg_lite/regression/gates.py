@@ -108,10 +108,13 @@ def against(result, baseline, max_drop):
         outcome, verb = PASS if low >= -max_drop else UNDECIDED, "changed by"
         if high < -max_drop:
             outcome, verb = FAIL, "got worse, by"
-        reason = f"{what} {verb} {estimate:+.3f} ({low:+.3f} to {high:+.3f}); the limit is {-max_drop:+g}"
+        limit = -max_drop
+        if measure == "false_area":  # and told as it is
+            estimate, low, high, limit = -estimate, -high, -low, max_drop
+        reason = f"{what} {verb} {estimate:+.3f} ({low:+.3f} to {high:+.3f}); the limit is {limit:+g}"
         if np.isnan(estimate):
             reason = f"{what} is known on fewer than {FEWEST} images in common"
-        yield Check(GATES[measure], target, level, outcome, reason, estimate, low, high, -max_drop)
+        yield Check(GATES[measure], target, level, outcome, reason, estimate, low, high, limit)
 
 
 def spread(result, max_spread):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..data.dataset import Dataset
 from ..data.files import IMAGES, FileSource, by_stem, listing
-from ..errors import BankError, DataError, ModelError, SettingsError
+from ..errors import BankError, DataError, ModelError
 from ..evaluation import COLUMNS, choose, group_rows
 from ..metrics import areas, dice, flip_share, group_agreement, iou, majority, pack
 from ..prompts import LEVELS
@@ -139,8 +139,6 @@ def gone(model, failure, what):
 
 def chosen(bank, data, levels, per_level, split):
     """{target: phrasings} and {target: foils} to ask; a level that a target has nothing at is left out."""
-    if per_level is not None and per_level < 1:
-        raise SettingsError(f"per_level is {per_level}; it must be at least 1, or None for all phrasings")
     targets = [target for target in bank.targets if target in (data.targets or bank.targets)]
     if not targets:
         has = f"the dataset has {', '.join(data.targets)} and the bank {', '.join(bank.targets)}"

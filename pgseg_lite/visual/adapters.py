@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import ModelError, SettingsError
+from ..errors import ModelError, SettingsError, first_line
 from ..models.access import download
 
 HARMLESS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
@@ -87,7 +87,7 @@ class NnInteractive(Asked):
         try:
             self.session.initialize_from_trained_model_folder(str(folder))
         except Exception as error:  # it raises whatever is wrong with its files
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise ModelError(f"{folder}: nnInteractive cannot read it ({reason}); download it again") from error
 
     def look(self, image):

@@ -78,7 +78,8 @@ def as_channels(prompt, shape):
             place[:] = value
         else:
             low, high = value if kind == "box" else (value - POINT_RADIUS, value + POINT_RADIUS)
-            place[tuple(slice(max(int(a), 0), int(b) + 1) for a, b in zip(low, high, strict=True))] = 1
+            # What lies outside the volume is not marked; a negative end would count from the other side.
+            place[tuple(slice(max(int(a), 0), max(int(b) + 1, 0)) for a, b in zip(low, high, strict=True))] = 1
     return channels
 
 
