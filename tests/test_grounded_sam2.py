@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_dino import SIDE, save_dino
-from tiny_sam import save_sam2
+from tiny_sam import each_mask, save_sam2
 from tiny_text import short_bank
 from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, Sam2Model
 
@@ -138,7 +138,7 @@ def test_the_answer_is_the_union_of_sam2_s_masks_in_the_boxes_that_are_sure(load
         torch.testing.assert_close(of_one, corners, atol=1e-3, rtol=1e-4)
         if not len(of_one):
             continue
-        masks, _ = model.masks.masks(view[1], (90, 120), boxes=of_one)
+        masks, _ = each_mask(model.masks, view[1], (90, 120), boxes=of_one)
         assert torch.equal(out.masks[0, k], (masks > 0).any(0))  # SAM2's own threshold is one half
         torch.testing.assert_close(out.mask_logits[0, k], masks.amax(0) + THRESHOLD, atol=1e-5, rtol=1e-5)
     assert torch.equal(out.presence_logits[0], raw.logits.amax((1, 2)))

@@ -286,11 +286,15 @@ def edit_weights(change):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (drop_file("config.json"), "not a checkpoint, config.json is missing; give a folder written by training"),
-        (drop_file("model.safetensors"), "not a checkpoint, model.safetensors is missing"),
+        (drop_file("config.json"), "not a checkpoint, config.json is missing; give a folder that has it"),
+        (drop_file("model.safetensors"), r"there are no weights \(\*.safetensors\) here; copy the checkpoint again"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "model_type is not 'pgseg-lite'"),
-        (edit_config(model_type="sam3"), "model_type is not 'pgseg-lite', so this is another model's checkpoint"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: holds no entries, only list; restore the file"),
+        (lambda f: (f / "model.safetensors").rename(f / "other.safetensors"), "model.safetensors: no such file; copy"),
+        (
+            edit_config(model_type="sam3"),
+            "model_type is 'sam3', not 'pgseg-lite', so this is another model's checkpoint",
+        ),
         (edit_config(dim=None), "the field dim is missing; restore the file"),
         (edit_config(dim=4), r"has shape \[\d+.*config.json asks for"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "damaged weights"),

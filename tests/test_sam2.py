@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_sam import SIDE, save_sam, save_sam2, save_sam2_video
+from tiny_sam import SIDE, each_mask, save_sam, save_sam2, save_sam2_video
 from transformers import Sam2Model
 
 from pgseg_lite.errors import ModelError
@@ -41,7 +41,7 @@ def test_it_answers_as_transformers_does(folder, masks):
     normalised = (image - mean) / std
     raw, embeddings = Sam2Model.from_pretrained(folder), masks.encode(image * 2 - 1)
     expected = raw(pixel_values=normalised, input_boxes=BOXES[None], multimask_output=False)
-    ours, scores = masks.masks(embeddings, (SIDE, SIDE), boxes=BOXES)
+    ours, scores = each_mask(masks, embeddings, (SIDE, SIDE), boxes=BOXES)
     assert ours.std(0).mean() > 1e-3  # the prompts do matter in this tiny model
     resized = torch.nn.functional.interpolate(expected.pred_masks[0], (SIDE, SIDE), mode="bilinear")[:, 0]
     torch.testing.assert_close(ours, resized, atol=1e-5, rtol=1e-5)
@@ -49,7 +49,7 @@ def test_it_answers_as_transformers_does(folder, masks):
 
     expected = raw(pixel_values=normalised, input_points=POINTS[None], multimask_output=True)
     best = expected.iou_scores[0].argmax(-1)
-    ours, scores = masks.masks(embeddings, (SIDE, SIDE), points=POINTS)
+    ours, scores = each_mask(masks, embeddings, (SIDE, SIDE), points=POINTS)
     chosen = expected.pred_masks[0][torch.arange(3), best][:, None]
     resized = torch.nn.functional.interpolate(chosen, (SIDE, SIDE), mode="bilinear")[:, 0]
     torch.testing.assert_close(ours, resized, atol=1e-5, rtol=1e-5)
@@ -61,22 +61,21 @@ def test_many_prompts_equal_one_at_a_time_and_portions(masks, pixels, monkeypatc
     embeddings = one_view(masks.encode(pixels), 1)
     points = {"points": POINTS.expand(3, 2, 2), "labels": torch.tensor([[1, 0]] * 3)}
     for known in ({"boxes": BOXES}, points, {"boxes": BOXES[:3], "points": POINTS}):
-        together, scores = masks.masks(embeddings, SIZE, **known)
+        together, scores = each_mask(masks, embeddings, SIZE, **known)
         prompts = next(iter(known.values()))
         assert together.shape == (len(prompts), *SIZE) and scores.shape == (len(prompts),)
         alone = [
-            masks.masks(embeddings, SIZE, **{k: v[i : i + 1] for k, v in known.items()}) for i in range(len(prompts))
+            each_mask(masks, embeddings, SIZE, **{k: v[i : i + 1] for k, v in known.items()})
+            for i in range(len(prompts))
         ]
         torch.testing.assert_close(together, torch.cat([mask for mask, _ in alone]), atol=1e-5, rtol=1e-5)
         monkeypatch.setattr(sam2, "AT_ONCE", 2)
         assert len(list(masks.in_portions(embeddings, SIZE, **known))) == -(-len(prompts) // 2)
-        torch.testing.assert_close(masks.masks(embeddings, SIZE, **known)[0], together, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(each_mask(masks, embeddings, SIZE, **known)[0], together, atol=1e-5, rtol=1e-5)
         union, in_portions = masks.union(embeddings, SIZE, **known)
         torch.testing.assert_close(union, together.amax(0), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(in_portions, scores)
         monkeypatch.undo()
-    nothing, scores = masks.masks(embeddings, SIZE, boxes=BOXES[:0])
-    assert nothing.shape == (0, *SIZE) and scores.shape == (0,)
 
 
 @torch.no_grad()
@@ -84,15 +83,15 @@ def test_a_batch_s_views_equal_single_ones_and_boxes_are_in_pixels_of_the_view(m
     alone, batch = masks.encode(pixels[1:]), one_view(masks.encode(pixels), 1)
     for a, b in zip(alone, batch, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    same = masks.masks(alone, (100, 140), boxes=BOXES * 2)[0]
+    same = each_mask(masks, alone, (100, 140), boxes=BOXES * 2)[0]
     half = torch.nn.functional.interpolate(same[:, None], SIZE, mode="area")[:, 0]
-    assert (half - masks.masks(alone, SIZE, boxes=BOXES)[0]).abs().mean() < 0.02 * same.abs().mean()
+    assert (half - each_mask(masks, alone, SIZE, boxes=BOXES)[0]).abs().mean() < 0.02 * same.abs().mean()
 
 
 def test_gradients_reach_the_mask_decoder_and_the_encoder(folder, pixels):
     masks = Sam2Masks.from_pretrained(folder).train()
     embeddings = one_view(masks.encode(pixels), 0)
-    masks.masks(embeddings, SIZE, boxes=BOXES)[0].mean().backward()
+    each_mask(masks, embeddings, SIZE, boxes=BOXES)[0].mean().backward()
     reached = {name for name, p in masks.sam.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     for part in ("mask_decoder.transformer.", "mask_decoder.conv_s0.", "no_memory_embedding", "vision_encoder."):
         assert any(name.startswith(part) for name in reached), part
@@ -103,9 +102,9 @@ def test_gradients_reach_the_mask_decoder_and_the_encoder(folder, pixels):
 def test_half_precision_leaves_boxes_where_they_are(masks, pixels):
     """bf16 has no numbers between 256 and 258: coordinates must not pass through it."""
     embeddings = one_view(masks.encode(pixels), 0)
-    exact = masks.masks(embeddings, SIZE, boxes=BOXES)[0]
+    exact = each_mask(masks, embeddings, SIZE, boxes=BOXES)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(masks.masks(embeddings, SIZE, boxes=BOXES)[0], exact)
+        assert torch.equal(each_mask(masks, embeddings, SIZE, boxes=BOXES)[0], exact)
 
 
 @torch.no_grad()
@@ -114,13 +113,14 @@ def test_saves_and_loads_back_and_the_video_model_s_checkpoint_loads_too(masks, 
     embeddings = masks.encode(pixels[:1])
     again = Sam2Masks.from_pretrained(tmp_path / "again")
     assert torch.equal(
-        again.masks(again.encode(pixels[:1]), SIZE, boxes=BOXES)[0], masks.masks(embeddings, SIZE, boxes=BOXES)[0]
+        each_mask(again, again.encode(pixels[:1]), SIZE, boxes=BOXES)[0],
+        each_mask(masks, embeddings, SIZE, boxes=BOXES)[0],
     )
     video = Sam2Masks.from_pretrained(save_sam2_video(tmp_path / "video"))
     assert json.loads((tmp_path / "video" / "config.json").read_text())["model_type"] == "sam2_video"
     stored = load_file(tmp_path / "video" / "model.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in video.sam.state_dict().items())
-    assert video.masks(video.encode(pixels[:1]), SIZE, boxes=BOXES)[0].isfinite().all()
+    assert each_mask(video, video.encode(pixels[:1]), SIZE, boxes=BOXES)[0].isfinite().all()
 
 
 def drop_tensor(folder):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_sam import SIDE, save_sam, save_sam2
+from tiny_sam import SIDE, each_mask, save_sam, save_sam2
 from transformers import SamModel
 
 import pgseg_lite as pg
@@ -91,7 +91,7 @@ def test_an_image_is_encoded_once_for_all_targets_and_each_is_the_union_of_its_n
     with torch.no_grad():
         pixels = visual.to_pixel_values(torch.from_numpy(sample.image).permute(2, 0, 1)[None])
         boxes = torch.tensor([[8.0, 10, 23, 29], [12, 10, 39, 25]])
-        maps, scores = model.masks.masks(model.masks.encode(pixels), (48, 80), boxes=boxes)
+        maps, scores = each_mask(model.masks, model.masks.encode(pixels), (48, 80), boxes=boxes)
     torch.testing.assert_close(out.mask_logits[0, 0] - THRESHOLD, maps.amax(0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.presence_logits[0, 0].sigmoid(), scores.mean().clamp(1e-6, 1 - 1e-6))
     assert torch.equal(out.masks[0, 0], maps.amax(0) > 0)  # SAM's own threshold

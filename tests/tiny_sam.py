@@ -45,6 +45,11 @@ def save_sam(folder):
     return save(SamModel, config, folder)
 
 
+def each_mask(masks, embeddings, size, **prompts):
+    """Mask logits [N, *size] and scores [N] of N prompts, of which the package wants only the union."""
+    return [torch.cat(part) for part in zip(*masks.in_portions(embeddings, size, **prompts), strict=True)]
+
+
 def save(kind, config, folder):
     torch.manual_seed(0)
     model = kind(config)

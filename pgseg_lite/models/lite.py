@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from ..errors import ModelError
 from ..files import whole, write_text
+from .access import fetch, read_json
 from .base import SegmentationOutput, as_batch, check_prompts
 from .text import TextEncoder, load_text_encoder
 
-FILES = ["config.json", "model.safetensors"]
+MODEL_TYPE = "pgseg-lite"
 
 
 @dataclass
@@ -155,13 +156,13 @@ class LiteSegmenter(nn.Module):
         state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         with whole(folder / "model.safetensors") as partial:
             save_file(state, partial, metadata={"format": "pt"})
-        config = {"model_type": "pgseg-lite", "text_encoder": TextEncoder.name, **asdict(self.config)}
+        config = {"model_type": MODEL_TYPE, "text_encoder": TextEncoder.name, **asdict(self.config)}
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, checkpoint, device="cpu"):
         """From a folder that `save_pretrained` wrote, or the name of such a repository on the hub."""
-        folder = checkpoint_folder(checkpoint)
+        folder = fetch(checkpoint, (MODEL_TYPE,))
         model = cls(read_config(folder / "config.json"))
         model.load_state_dict(read_weights(folder / "model.safetensors", model.state_dict()))
         return model.to(device).eval()
@@ -172,32 +173,8 @@ def to_pixel_values(images):
     return images.float() / 127.5 - 1
 
 
-def checkpoint_folder(checkpoint):
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder}: not a checkpoint, {name} is missing; give a folder written by training")
-        return folder
-    if str(checkpoint).count("/") != 1 or folder.is_absolute():
-        raise ModelError(f"{checkpoint}: no such checkpoint folder; give the folder that training wrote")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(checkpoint), allow_patterns=FILES))
-    except Exception as error:
-        reason = f"neither a folder here nor a repository on the hub that can be reached ({type(error).__name__})"
-        raise ModelError(f"{checkpoint}: {reason}; check the name and the network") from error
-
-
 def read_config(path):
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(stored, dict) or stored.get("model_type") != "pgseg-lite":
-        raise ModelError(f"{path}: model_type is not 'pgseg-lite', so this is another model's checkpoint")
-    known = [field.name for field in fields(LiteConfig)]
+    stored, known = read_json(path), [field.name for field in fields(LiteConfig)]
     for name in known:
         if name not in stored:
             raise ModelError(f"{path}: the field {name} is missing; restore the file")
@@ -209,6 +186,8 @@ def read_weights(path, expected):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; copy the checkpoint again")
     try:
         state = load_file(path)
     except SafetensorError as error:

@@ -29,21 +29,12 @@ class PromptedMasks(nn.Module):
         self.sam = sam
         self.input_size = sam.config.prompt_encoder_config.image_size  # 1024
 
-    def masks(self, embeddings, size, boxes=None, points=None, labels=None):
-        """One view with N prompts -> mask logits [N, *size] and predicted IoU, 0..1 [N].
+    def union(self, embeddings, size, boxes=None, points=None, labels=None):
+        """One view with N prompts, at least one -> their highest mask logit [*size], and predicted IoU, 0..1 [N].
 
         boxes [N, 4] as x0, y0, x1, y1, points [N, P, 2] as x, y with labels [N, P] (1 in the object, 0 outside of it;
-        all 1 when left out), or both together, in pixels of the view of `size`.
+        all 1 when left out), or both together, in pixels of the view of `size`. Never N maps at once.
         """
-        answers = list(self.in_portions(embeddings, size, boxes, points, labels))
-        if not answers:
-            nothing = embeddings[-1].new_zeros(0, *size)
-            return nothing, nothing.new_zeros(0)
-        masks, scores = zip(*answers, strict=True)
-        return torch.cat(masks), torch.cat(scores)
-
-    def union(self, embeddings, size, boxes=None, points=None, labels=None):
-        """The highest logit over one or more prompts [*size], never N maps at once, and the scores [N]."""
         union, scores = None, []
         for masks, score in self.in_portions(embeddings, size, boxes, points, labels):
             highest = masks.amax(0)
