@@ -5,12 +5,6 @@ class PgsegError(Exception):
     """Base of every error that this module raises on purpose."""
 
 
-def first_line(error):
-    """What another package's error says, as part of a sentence."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
-
-
 class BankError(PgsegError):
     """A prompt bank, or a request to one, that makes no sense."""
 
@@ -37,3 +31,9 @@ class Diverged(TrainingError):
 
 class ResultError(PgsegError):
     """A stored result that is missing, unstamped or damaged."""
+
+
+def first_line(error):
+    """What another package's error says, as part of a sentence."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

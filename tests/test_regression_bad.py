@@ -15,6 +15,7 @@ import pgseg_lite as pg
 from pgseg_lite.cli import main
 from pgseg_lite.errors import ModelError, ResultError, SettingsError
 from pgseg_lite.regression import adapt, check_gates, load_baseline, measure, open_pictures, processes, save_baseline
+from pgseg_lite.regression.gates import check_before
 
 HERE = Path(__file__).parent
 COMMAND = f"{sys.executable} -S -c"
@@ -301,6 +302,20 @@ def test_too_few_images_for_a_gate(site, tmp_path):
         check_gates(result, load_baseline(site / "good.json"))
     with pytest.raises(ResultError, match=message):
         check_gates(result, max_spread=0.1)
+
+
+def test_what_is_known_before_is_known_from_the_first_images(site):
+    class Counted(list):
+        targets, read = ("all",), 0
+
+        def __iter__(self):
+            for sample in super().__iter__():
+                self.read += 1
+                yield sample
+
+    data = Counted(pg.load_dataset("folder", site / "data", "all", tile=None))
+    check_before(data, load_baseline(site / "good.json"))
+    assert data.read == 6 < len(data)
 
 
 def test_too_few_images_are_said_before_a_model_is_asked_and_when_a_baseline_is_stored(site, tmp_path, capsys):

@@ -279,3 +279,16 @@ def test_every_committed_result_loads():
     root = Path(__file__).parents[1] / "results"
     for path in root.glob("*.csv"):
         assert len(results.load_result(path.stem, root)) > 0
+
+
+def test_the_book_says_how_long_its_tables_took():
+    repo = Path(__file__).parents[1]
+
+    def hours(*names):
+        return sum(json.loads((repo / f"results/{name}.json").read_text())["wall_s"] for name in names) / 3600
+
+    text = " ".join((repo / "book/reproduce.md").read_text().split())
+    assert "paper's tables took about two and a half hours" in text
+    assert 2.25 < hours("table1", "table2", "table4") < 2.75
+    assert "{doc}`part_neighbours` nearly two." in text
+    assert 1.75 < hours("imprecise", "evolve", "preferences") < 2

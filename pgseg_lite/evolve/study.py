@@ -243,6 +243,6 @@ STUDY = Study(
     measure=measure,
     cells=CELLS,
     code=CODE,
-    checkpoints=(*MODELS.values(),),
+    checkpoints=tuple(MODELS.values()),
     data=films_of,
 )

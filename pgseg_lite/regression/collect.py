@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from ..errors import BankError
+from ..files import whole
 from ..lint import CLAUSES, FAR_COSINE, NEAR_COSINE, clauses, level_problems, normalise, unit_vectors
 from ..prompts import LEVELS, PromptBank
 
@@ -326,15 +327,11 @@ def with_split(texts, fixed):
 
 def write_draft(path, content):
     """All or nothing; what claims to be a whole bank is loaded before it takes its place."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
     head = "# A draft bank, collected from free text. Look for personal data before you pass it on.\n"
     try:
-        partial.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), "utf-8")
-        if content.get("targets"):
-            PromptBank.load(partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), "utf-8")
+            if content.get("targets"):
+                PromptBank.load(partial)
     except OSError as error:
         raise BankError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        partial.unlink(missing_ok=True)

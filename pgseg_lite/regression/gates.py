@@ -44,10 +44,14 @@ def check_before(data, baseline=None, max_drop=0.02, max_spread=None, max_failur
     """What `check_gates` would refuse afterwards, as far as it is known before a model is asked."""
     check_limits(max_drop, max_spread, max_failures)
     if baseline is not None:
-        keys = {sample.id: image_key(sample.image) for sample in data}
-        check_alike(baseline, bool(data.targets), keys.values())
-        common = [id for id, key in keys.items() if key in baseline.keys.values()]
-        check_enough(baseline.path, len({*map(source_of, common)}))
+        known, common = set(baseline.keys.values()), set()
+        for sample in data:
+            if image_key(sample.image) in known:
+                common.add(source_of(sample.id))
+            if len(common) == FEWEST:  # enough is known: the rest need not be read twice
+                break
+        check_alike(baseline, bool(data.targets), len(common))
+        check_enough(baseline.path, len(common))
 
 
 def check_limits(max_drop, max_spread, max_failures):
@@ -56,13 +60,12 @@ def check_limits(max_drop, max_spread, max_failures):
             raise SettingsError(f"{name} is {limit}; give a number of at least 0")
 
 
-def check_alike(baseline, truth, keys):
-    """Whether there is anything to compare. `keys` are of images."""
+def check_alike(baseline, truth, common):
+    """Whether there is anything to compare. common: how many images are in both."""
     if truth != baseline.about["truth"]:
         there, here = ("with true masks" if known else "without masks" for known in (not truth, truth))
         raise ResultError(f"{baseline.path}: measured {there}, this run {here}; measure both alike")
-    known = set(baseline.keys.values())
-    if not any(key in known for key in keys):
+    if not common:
         raise ResultError(f"{baseline.path}: none of its images is in this run; measure the images of the baseline")
 
 
@@ -97,20 +100,16 @@ def against(result, baseline, max_drop):
     if not same_items:
         yield from moved(result, baseline)
     change = by_image(new, result.fit) - by_image(old, result.fit)
-    for column in change:
-        if column[0] == "false_area":
-            change[column] *= -1  # what is worse is below zero, for all
     # The majority mask and agreement are those of a group: with other phrasings in it they are other quantities.
     comparable = ["fit", "false_area"] + ["agreement", "separation"] * same_items
     change = change[[column for column in change if column[0] in comparable]]
     for (measure, target, level), estimate, low, high in intervals(change, baseline.path):
         what = f"{WORDS[measure]} of {target} at level {level}".replace("at level foil", "from its phrasings")
-        outcome, verb = PASS if low >= -max_drop else UNDECIDED, "changed by"
-        if high < -max_drop:
+        rises = measure == "false_area"  # where it gets worse
+        worst, best, limit = (-high, -low, max_drop) if rises else (low, high, -max_drop)
+        outcome, verb = PASS if worst >= -max_drop else UNDECIDED, "changed by"
+        if best < -max_drop:
             outcome, verb = FAIL, "got worse, by"
-        limit = -max_drop
-        if measure == "false_area":  # and told as it is
-            estimate, low, high, limit = -estimate, -high, -low, max_drop
         reason = f"{what} {verb} {estimate:+.3f} ({low:+.3f} to {high:+.3f}); the limit is {limit:+g}"
         if np.isnan(estimate):
             reason = f"{what} is known on fewer than {FEWEST} images in common"
@@ -143,7 +142,7 @@ def paired(result, baseline):
     items = ["key", *ITEM]
     new = result.records.assign(key=result.records["image"].map(result.keys)).drop_duplicates(items)
     old = baseline.records.assign(key=baseline.records["image"].map(baseline.keys)).drop_duplicates(items)
-    check_alike(baseline, result.about["truth"], new["key"])
+    check_alike(baseline, result.about["truth"], new["key"].isin([*baseline.keys.values()]).sum())
     same_items = set(zip(*new[ITEM].to_numpy().T, strict=True)) == set(zip(*old[ITEM].to_numpy().T, strict=True))
     new, old = new.set_index(items), old.set_index(items)
     common = new.index.intersection(old.index, sort=False)
